@@ -1,0 +1,46 @@
+# make demo        train three methods side by side on the embedded world, and write the report
+# make test        the fast tests            make test-slow   the end-to-end tests
+# make check       lint, format, types, tests
+# make clean       remove what these targets made, the environment included
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO := runs/demo
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-slow check clean
+
+demo: $(VENV)/.train-installed
+	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200
+	$(BIN)/turnwise report $(DEMO)/grpo-or-0 $(DEMO)/grpo-mr-0 $(DEMO)/mt-grpo-0 --out $(DEMO)/report.html
+
+test: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest
+
+# pytest leaves with 5 where it finds no test: right only as long as no test is slow.
+test-slow: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest -m slow || { [ $$? -eq 5 ] && ! grep -rq "mark\.slow" tests; }
+
+check: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of packages: a second call installs nothing.
+$(VENV)/.train-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[train]"
+	touch $@
+
+$(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[dev]"
+	touch $@ $(VENV)/.train-installed

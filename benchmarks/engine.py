@@ -1,0 +1,178 @@
+"""How fast the in-process engine draws two-turn rollouts, as ratios within one run.
+
+    OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 python benchmarks/engine.py
+
+The same 256 rollouts (16 prompts, 16 each, ragged turns, ragged tool results), a random Qwen3 model
+of about a million parameters, three ways, one after the other in every round:
+
+* `engine`: sessions live across turns; only new text is fed.
+* `re-prefill`: the same engine, but every turn is a session of its own, so that its whole
+  conversation is fed again.
+* `model.generate`: transformers' own sampling, each turn as one left-padded batch.
+
+Every rollout draws a fixed number of tokens per turn (no stop token), so that all three do the same
+work; `model.generate` cannot let a finished rollout leave the batch, and goes on to the longest.
+"""
+
+import asyncio
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from turnwise.engine import Sampling
+from turnwise.engines.hf import HFEngine
+
+VOCAB = 1300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every contender has to do."""
+
+    prompts: list[list[int]]
+    """First prompt of each rollout; the rollouts of a group have equal ones."""
+    results: list[list[int]]
+    """What the tool answers after turn 1."""
+    lengths: np.ndarray
+    """Tokens to draw, [rollouts, 2 turns]."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def workload(groups: int, group_size: int) -> Workload:
+    """Prompts of 120-150 tokens, results of 40-80, turns of 15-45 tokens."""
+    random = np.random.default_rng(0)
+    prompts = [_ids(random, 120, 150) for _ in range(groups)]
+    count = groups * group_size
+    return Workload(
+        prompts=[prompts[i // group_size] for i in range(count)],
+        results=[_ids(random, 40, 80) for _ in range(count)],
+        lengths=random.integers(15, 46, (count, 2)),
+    )
+
+
+def _ids(random: np.random.Generator, low: int, high: int) -> list[int]:
+    return random.integers(1, VOCAB, random.integers(low, high + 1)).tolist()
+
+
+def demo_model() -> Qwen3ForCausalLM:
+    """A random model of the size of the embedded policy."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def with_engine(model: Qwen3ForCausalLM, work: Workload, *, keep: bool) -> HFEngine:
+    """Draw all rollouts through the engine; without `keep`, each turn is fed from its beginning."""
+    engine = HFEngine(model, stop_ids=(), max_rows=len(work.prompts), max_context=320)
+
+    async def rollout(i: int) -> None:
+        prompt = work.prompts[i]
+        for turn in range(2):
+            sampling = Sampling(max_tokens=int(work.lengths[i, turn]), seed=2 * i + turn)
+            completion = await engine.generate(prompt, sampling, session=i)
+            prompt = [*prompt, *completion.token_ids, *work.results[i]]
+            if not keep:
+                engine.release(i)
+        engine.release(i)
+
+    async def everything() -> None:
+        await asyncio.gather(*(rollout(i) for i in range(len(work.prompts))))
+
+    asyncio.run(everything())
+    assert engine.stats.decoded_tokens == work.num_tokens
+    return engine
+
+
+def with_generate(model: Qwen3ForCausalLM, work: Workload) -> None:
+    """Draw all rollouts with `model.generate`, one padded batch per turn."""
+    prompts = work.prompts
+    for turn in range(2):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        longest = int(work.lengths[:, turn].max())
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=longest,
+            max_new_tokens=longest,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        drawn = output[:, width:].tolist()
+        prompts = [
+            [*prompt, *ids[:n], *result]
+            for prompt, ids, n, result in zip(
+                prompts, drawn, work.lengths[:, turn], work.results, strict=True
+            )
+        ]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def main(
+    groups: int = 16,
+    group_size: int = 16,
+    rounds: Annotated[int, tyro.conf.arg(help="Rounds; the table has medians over them.")] = 3,
+) -> None:
+    logging.set_verbosity_error()
+    model, work = demo_model(), workload(groups, group_size)
+    contenders: dict[str, Callable[[], object]] = {
+        "engine": lambda: with_engine(model, work, keep=True),
+        "re-prefill": lambda: with_engine(model, work, keep=False),
+        "model.generate": lambda: with_generate(model, work),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            times[name].append(seconds(run))
+    stats = with_engine(model, work, keep=True).stats
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, float32"
+    )
+    print(
+        f"{len(work.prompts)} rollouts in {groups} groups, 2 turns, {work.num_tokens} tokens, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rounds} rounds"
+    )
+    print(
+        f"engine: {stats.prefilled_tokens} tokens prefilled, {stats.decode_steps} decode steps, "
+        f"{stats.seconds / stats.decode_steps * 1e3:.1f} ms each with their share of prefill\n"
+    )
+    print(f"{'':16}{'median s':>10}{'tokens/s':>10}{'ratio to engine (median of rounds)':>37}")
+    for name, values in times.items():
+        median = statistics.median(values)
+        ratio = statistics.median([b / a for a, b in zip(times["engine"], values, strict=True)])
+        print(f"{name:16}{median:10.2f}{work.num_tokens / median:10.0f}{ratio:37.2f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

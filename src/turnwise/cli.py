@@ -1,0 +1,521 @@
+"""The command line. Each command imports what it needs when it runs, so that help comes at once."""
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import turnwise
+from turnwise.errors import ConfigError, InputError, TurnwiseError, unknown_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from turnwise.evaluation import Evaluation
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 and the signal's number."""
+BROKEN_PIPE = 141
+EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
+"""What the extra `train` brings."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit code: 0, 2 for input that cannot be used, 130 for Ctrl-C."""
+    # torch's threads spin while they wait unless this is set before torch is imported, which makes
+    # everything several times slower as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = run_command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # the interpreter flushes once more when it ends
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in EXTRA_MODULES:
+            raise
+        return _failed(
+            f'this command needs {missing}; install it: pip install "turnwise[train]"', 2
+        )
+    except (TurnwiseError, ExceptionGroup) as error:
+        ours = _first_of_ours(error)
+        if ours is None:
+            raise
+        return _failed(str(ours), 2)
+
+
+def run_command(args: list[str]) -> int:
+    """The chosen command's exit code. ConfigError, with the nearest names, for an unknown one."""
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"turnwise {turnwise.__version__}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        raise unknown_name("the command", name, COMMANDS)
+    import tyro
+
+    command = COMMANDS[name]
+    function = command.function or _built(name, rest)
+    try:
+        code = tyro.cli(
+            function,
+            prog=f"turnwise {name}",
+            args=rest,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:  # after --help, or after tyro has said what is wrong
+        return stop.code if isinstance(stop.code, int) else 2
+    return code or 0
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: turnwise COMMAND [...]",
+            "",
+            "Reinforcement learning with turn-level credit for agents that use tools.",
+            "",
+            *lines,
+            "",
+            "turnwise COMMAND --help shows a command's options; turnwise --version the version.",
+        ]
+    )
+
+
+def _failed(text: str, code: int) -> int:
+    """Says on one line of stderr what went wrong."""
+    from turnwise.report.text import one_line
+
+    print(f"turnwise: {one_line(text)}", file=sys.stderr)
+    return code
+
+
+def _first_of_ours(error: BaseException) -> TurnwiseError | None:
+    """The error itself, or the first of ours in a group that concurrent rollouts raised."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_first_of_ours, error.exceptions)), None)
+    return error if isinstance(error, TurnwiseError) else None
+
+
+def _console() -> "Console":
+    """A terminal that takes no text as markup, and is not narrowed where there is none."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 110
+    return Console(markup=False, highlight=False, emoji=False, width=width)
+
+
+# --- commands that search and convert -------------------------------------------------------------
+
+
+def search(query: str, /, *, corpus: str = "atlas", k: int = 3) -> None:
+    """Search a corpus as the agent's tool does.
+
+    Args:
+        query: A question or a few words.
+        corpus: "atlas", a JSON-lines file, or a folder of text files.
+        k: Most articles to show.
+    """
+    from rich.text import Text
+
+    from turnwise.report.text import one_line, visible
+    from turnwise.search import open_index
+
+    console = _console()
+    hits = open_index(corpus).search(query, k)
+    for number, hit in enumerate(hits, start=1):
+        head = f"{number}. {one_line(hit.title) or one_line(hit.id)}"
+        console.print(Text.assemble((head, "bold"), (f"  {hit.score:.2f}", "dim")))
+        console.print(Text(visible(hit.text)))
+        console.print()
+    if not hits:
+        console.print("No results.")
+
+
+def serve_search(*, corpus: str = "atlas", host: str = "127.0.0.1", port: int = 8765) -> None:
+    """Serve a corpus's search over HTTP, in Search-R1's format too.
+
+    Args:
+        corpus: "atlas", a JSON-lines file, or a folder of text files.
+        host: Address to listen on; 0.0.0.0 lets other machines ask.
+        port: Port to listen on; 0 takes any free one.
+    """
+    from turnwise.search import open_index, search_server
+
+    index = open_index(corpus)
+    with search_server(index, host=host, port=port) as server:
+        print(f"{len(index):,} articles on http://{host}:{server.server_address[1]}; Ctrl-C stops")
+        print("GET /search?q=...&k=3   POST /retrieve   GET /health", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped")
+
+
+def convert(source: Path, out: Path, /, *, format: str = "auto") -> None:
+    """Make a task file and a corpus from TriviaQA's, SQuAD's, HotpotQA's or MuSiQue's own files.
+
+    Args:
+        source: The question set's file.
+        out: Task file to write, NAME.jsonl or NAME.jsonl.gz; passages go to NAME.corpus.jsonl.gz.
+        format: triviaqa, squad, hotpotqa, musique, or auto.
+    """
+    from turnwise.convert import FORMATS
+    from turnwise.convert import convert as converted
+
+    known = {"auto": "auto", **{name: name for name in FORMATS}}
+    if format not in known:
+        raise unknown_name("format", format, known)
+    done = converted(source, out, known[format])  # pyright: ignore[reportArgumentType]
+    skipped = f", {done.skipped:,} without an answer left out" if done.skipped else ""
+    print(f"{done.tasks:,} tasks of {done.format} in {done.tasks_path}{skipped}")
+    if done.corpus_path:
+        print(f"{done.articles:,} passages in {done.corpus_path}")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _train_command(args: Sequence[str]) -> Callable[..., int]:
+    """`turnwise train`, whose defaults are those of the configuration file, if one is named."""
+    import tyro
+
+    from turnwise.config import TrainConfig
+
+    default = _file_config(args)
+
+    def train(
+        file: Path | None = None,
+        /,
+        *,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        resume: bool = False,
+    ) -> int:
+        """Train a policy and leave a run directory.
+
+        Args:
+            file: A TOML or JSON file of the options below, or a run's config.json; it comes first.
+            config: The options; they override the file's.
+            resume: Go on with the run in --out from its newest checkpoint.
+        """
+        _check_file_first(file, args)
+        return _train(config, resume=resume)
+
+    return train
+
+
+def _train(config: Any, *, resume: bool) -> int:
+    from turnwise.display import training_display
+    from turnwise.rundir import read_config
+    from turnwise.training import train
+
+    total = max(config.steps, read_config(config.out).steps) if resume else config.steps
+    with training_display(f"{config.estimator} in {config.out}", total, _console()) as display:
+        result = train(config, resume=resume, display=display)
+    if result.finished:
+        print(f"The run is in {result.out}. What next:")
+        print(f"  turnwise report {result.out}")
+        print(f"  turnwise eval {result.out}")
+        print(f'  turnwise ask {result.out} "What is the capital of Kenya?"')
+        return 0
+    print(f"Stopped after step {result.steps} of {total}; nothing is lost. To go on:")
+    print(f"  turnwise train --resume --out {result.out}")
+    return INTERRUPTED
+
+
+def _file_config(args: Sequence[str]) -> Any:
+    """The configuration in the file that the first argument names; else the default one."""
+    from turnwise.config import TrainConfig, config_from_dict, read_config_file
+
+    if not args or args[0].startswith("-"):
+        return TrainConfig()
+    return config_from_dict(read_config_file(Path(args[0])), args[0])
+
+
+def _check_file_first(file: Path | None, args: Sequence[str]) -> None:
+    if file is not None and str(file) != args[0] and Path(args[0]) != file:
+        raise InputError(
+            f"the configuration file must come before the options; got {str(file)!r} after them; "
+            "write it first"
+        )
+
+
+def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
+    """`turnwise warmup`."""
+    import tyro
+
+    from turnwise.warmup import WarmupConfig
+
+    def warmup(
+        *,
+        config: Annotated[WarmupConfig, tyro.conf.arg(name="")],
+        out: Path = Path("warmup"),
+    ) -> int:
+        """Make a starting checkpoint from demonstrations, as the embedded one was made.
+
+        Args:
+            config: The options.
+            out: Checkpoint folder to make.
+        """
+        return _warmup(config, out)
+
+    return warmup
+
+
+def _warmup(config: Any, out: Path) -> int:
+    import time
+
+    from turnwise.display import duration, number_text
+    from turnwise.policy import save_policy
+    from turnwise.rundir import writing
+    from turnwise.warmup import warmed_up_policy
+
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise InputError(
+            f"--out must name a new or empty folder; {out} holds files; choose another"
+        )
+    total, started = config.skill_steps + config.habit_steps, time.perf_counter()
+
+    def report(step: int, measured: dict[str, float]) -> None:
+        if (step + 1) % 50 and step + 1 != total:
+            return
+        spent = time.perf_counter() - started
+        left = duration(spent / (step + 1) * (total - step - 1))
+        numbers = "  ".join(f"{name} {number_text(value)}" for name, value in measured.items())
+        print(f"step {step + 1}/{total}  {numbers}  {left} left", flush=True)
+
+    policy = warmed_up_policy(config, report)
+    with writing(out):
+        save_policy(policy, out)
+    print(f"The checkpoint is in {out}. What next:")
+    print(f"  turnwise eval {out}")
+    print(f"  turnwise train --policy {out}")
+    return 0
+
+
+def _reproduce_command(args: Sequence[str]) -> Callable[..., int]:
+    """`turnwise reproduce`; a configuration file is what all runs share."""
+    import tyro
+
+    from turnwise import compare
+
+    default = compare.ReproduceConfig(train=_file_config(args))
+
+    def reproduce(
+        file: Path | None = None,
+        /,
+        *,
+        config: Annotated[compare.ReproduceConfig, tyro.conf.arg(name="")] = default,
+    ) -> int:
+        """Train several methods over several seeds, and write the table that compares them.
+
+        Args:
+            file: A TOML or JSON file of training options, as for `turnwise train`; it comes first.
+            config: The options.
+        """
+        _check_file_first(file, args)
+        result = compare.reproduce(config)
+        print(result.with_suffix(".md").read_text(encoding="utf-8"))
+        print(f"The numbers are in {result}. The page with curves and credit:")
+        print(f"  turnwise report {config.runs / config.name}/*/")
+        return 0
+
+    return reproduce
+
+
+# --- commands that read a run ---------------------------------------------------------------------
+
+
+def evaluate(
+    run: str,
+    /,
+    *,
+    tasks: str | None = None,
+    split: Literal["train", "validation", "test"] | None = None,
+    mode: Literal["greedy", "sampled"] = "greedy",
+    limit: int | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    seed: int = 0,
+    name: str | None = None,
+) -> None:
+    """Measure a run's policy on questions, with confidence intervals.
+
+    Args:
+        run: A run directory, a checkpoint folder, or "embedded".
+        tasks: "atlas" or a file of questions; by default the run's own.
+        split: Which of them; by default the atlas's test split, or a file's validation questions.
+        mode: Take the most probable tokens, or draw them as in training.
+        limit: Play so many questions, evenly spaced over all of them.
+        checkpoint: The run's best by validation, or its last.
+        seed: Decides the draws of --mode sampled.
+        name: What to call the result in the run directory; by default the split's or file's name.
+    """
+    from turnwise.evaluation import evaluate as evaluated
+    from turnwise.evaluation import is_run, write_evaluation
+
+    if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
+        raise ConfigError(f"name must be letters, digits, '-', '_' or '.'; got {name!r}; rename it")
+    evaluation = evaluated(
+        run,
+        tasks,
+        split=split,
+        mode=mode,
+        limit=limit,
+        checkpoint=checkpoint,
+        seed=seed,
+        name=name,
+    )
+    _print_evaluation(run, evaluation)
+    if is_run(Path(run)):
+        path = write_evaluation(Path(run), evaluation)
+        print(f"Written to {path}, and question by question to {path.with_suffix('.jsonl').name}.")
+
+
+def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
+    from turnwise.display import evaluation_table
+    from turnwise.evaluation import evaluation_to_dict
+
+    title = f"{run} on {evaluation.name}, {evaluation.mode}: per cent, 95 % interval below"
+    _console().print(evaluation_table(title, evaluation_to_dict(evaluation)))
+    failed = [rollout for _, rollout in evaluation.records if rollout.stop == "error"]
+    if failed:
+        print(
+            f"{len(failed)} of {len(evaluation.records)} rollouts failed and are left out; the first:"
+        )
+        print(f"  {ascii(failed[0].error)}")
+
+
+def ask(
+    run: str,
+    question: str,
+    /,
+    *,
+    corpus: str | None = None,
+    mode: Literal["greedy", "sampled"] = "greedy",
+    checkpoint: Literal["best", "last"] = "best",
+    seed: int = 0,
+) -> None:
+    """Ask a run's policy a question and watch it work, turn by turn.
+
+    Args:
+        run: A run directory, a checkpoint folder, or "embedded".
+        question: The question.
+        corpus: What to search instead of the run's corpus: "atlas", a JSON-lines file, or a folder.
+        mode: Take the most probable tokens, or draw them as in training.
+        checkpoint: The run's best by validation, or its last.
+        seed: Decides the draws of --mode sampled.
+    """
+    import asyncio
+
+    from rich.text import Text
+
+    from turnwise.display import Watched, turn_panel
+    from turnwise.env import Step, ToolEnvironment
+    from turnwise.evaluation import make_engine, rollout_limits, run_policy
+    from turnwise.report.text import visible
+    from turnwise.rollout import run_rollout
+    from turnwise.setting import make_tools
+    from turnwise.types import Task
+
+    if not question.strip():
+        raise InputError("the question must not be blank; got none; ask something")
+    console, turns = _console(), 0
+    policy, config = run_policy(run, checkpoint)
+    if corpus:
+        config = dataclasses.replace(config, corpus=corpus, tools=None)
+
+    def watch(text: str, step: Step) -> None:
+        nonlocal turns
+        turns += 1
+        console.print(turn_panel(turns, text, step))
+
+    task = Task(id="question", question=question, answers=())
+    environment = ToolEnvironment(task, make_tools(config, ()), max_turns=config.max_turns)
+    rollout = asyncio.run(
+        run_rollout(
+            task,
+            Watched(environment, watch),
+            make_engine(policy),
+            policy.chat,
+            limits=rollout_limits(config, policy),
+            temperature=0.0 if mode == "greedy" else config.temperature,
+            seed=seed,
+        )
+    )
+    if rollout.stop == "max_tokens":
+        cut = rollout.turns[-1].text if len(rollout.turns) > turns else ""
+        console.print(Text(visible(f"{cut}\n(cut off: no room for more tokens)").lstrip()))
+    if rollout.error:
+        raise InputError(f"the tools must not fail; got {rollout.error}; correct them")
+
+
+def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
+    """Print the paper's table of some runs, and write a page with curves and the credit of turns.
+
+    Args:
+        runs: Run directories.
+        out: Page to write; by default report.html, in the run directory where there is one run.
+    """
+    from turnwise.report import load_run, paper_table, print_table, table_notes, write_report
+
+    if not runs:
+        raise InputError("a report must be of at least one run; got none; name run directories")
+    loaded = [load_run(run) for run in runs]
+    print_table(paper_table(loaded), _console())
+    for note in table_notes(loaded):
+        print(note)
+    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    print(f"The page is {write_report(loaded, out or default)}.")
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command: what it does, and its function or, where options need an import, what makes it."""
+
+    summary: str
+    function: Callable[..., Any] | None = None
+    build: Callable[[Sequence[str]], Callable[..., int]] | None = None
+
+
+COMMANDS = {
+    "train": Command("train a policy and leave a run directory", build=_train_command),
+    "eval": Command("measure a policy on questions, with intervals", evaluate),
+    "ask": Command("ask a policy a question and watch it work", ask),
+    "report": Command("table, curves and the credit of every turn, from runs", report),
+    "search": Command("search a corpus as the agent's tool does", search),
+    "serve-search": Command("serve a corpus's search over HTTP", serve_search),
+    "convert": Command("make task and corpus files from public question sets", convert),
+    "warmup": Command("make a starting checkpoint from demonstrations", build=_warmup_command),
+    "reproduce": Command("compare methods over seeds", build=_reproduce_command),
+}
+
+
+def _built(name: str, args: Sequence[str]) -> Callable[..., int]:
+    build = COMMANDS[name].build
+    assert build is not None, f"command {name} has neither a function nor a builder"
+    return build(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

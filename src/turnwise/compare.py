@@ -1,0 +1,295 @@
+"""Methods side by side: the same weights, the same questions in the same order, the same budget, several seeds."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from turnwise.config import ATLAS, TrainConfig
+from turnwise.credit import ESTIMATORS
+from turnwise.errors import ConfigError, unknown_name
+
+METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Which runs to make and where their numbers go."""
+
+    name: str = "atlas"
+    """Name of the result file."""
+    results: Path = Path("results")
+    """Folder of result files."""
+    runs: Path = Path("runs/reproduce")
+    """Folder of the run directories; runs that are there are continued, finished ones are kept."""
+    estimators: tuple[str, ...] = METHODS
+    """Methods to compare."""
+    seeds: int = 5
+    """Seeds 0 .. seeds-1, each used by every method."""
+    jobs: int = 2
+    """Runs at a time, each with one thread."""
+    eval_size: int = 400
+    """Questions of each final evaluation."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """What all runs share; estimator, seed and out are filled in."""
+
+    def __post_init__(self) -> None:
+        for name in self.estimators:
+            if name not in ESTIMATORS:
+                raise unknown_name("estimators", name, ESTIMATORS)
+        for name in ("seeds", "jobs", "eval_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1; got {getattr(self, name)}; give such a value")
+
+
+def reproduce(config: ReproduceConfig) -> Path:
+    """Makes every run that is not finished yet, and writes `results/NAME.json` and `results/NAME.md`.
+
+    Stopped and started again, it goes on where it was. Returns the result file.
+    """
+    from turnwise.setting import make_setting
+
+    make_setting(config.train)  # bad input raises before any process starts
+    jobs = [
+        dataclasses.replace(
+            config.train,
+            estimator=estimator,
+            seed=seed,
+            threads=1,
+            out=config.runs / config.name / f"{estimator}-{seed}",
+        )
+        for seed in range(config.seeds)
+        for estimator in config.estimators
+    ]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    records: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_one_thread) as pool:
+        started = pool.submit(_start_record, config)
+        running = [pool.submit(run_one, job, config.eval_size) for job in jobs]
+        for done in as_completed(running):
+            records.append(done.result())
+        start = started.result()
+    records.sort(key=lambda r: (config.estimators.index(r["estimator"]), r["seed"]))
+    return write_results(config, start, records)
+
+
+def _one_thread() -> None:
+    import signal
+
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
+    """Trains one run unless it is finished, evaluates its last policy, and returns its record."""
+    from turnwise.rundir import latest_checkpoint, write_atomically
+    from turnwise.training import train
+
+    finished = config.out / "record.json"
+    if finished.is_file():
+        return json.loads(finished.read_text(encoding="utf-8"))
+    resume = (config.out / "checkpoints").is_dir()
+    if not resume and config.out.is_dir():
+        _remove_unstarted(config.out)
+    train(config, resume=resume, display=_Lines(config))
+    folder, state = latest_checkpoint(config.out)
+    record = {
+        "estimator": config.estimator,
+        "seed": config.seed,
+        "steps": state["step"],
+        "train_s": round(state["wall_s"], 1),
+        "evaluations": evaluations(str(folder), config, eval_size, out=config.out),
+        "curve": _curve(config.out),
+    }
+    write_atomically(finished, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _remove_unstarted(out: Path) -> None:
+    """Removes the files of a run that was stopped before its first checkpoint."""
+    for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _start_record(config: ReproduceConfig) -> dict[str, Any]:
+    """The evaluations of the policy that every run starts from, and the raw question's rate as a query."""
+    shared = dataclasses.replace(config.train, threads=1)
+    return {
+        "evaluations": evaluations(config.train.policy, shared, config.eval_size),
+        "raw_question_answer_in_results": raw_question_rates(shared, config.eval_size),
+    }
+
+
+def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]:
+    """The populations that a comparison reports: questions like the training ones, and held-out ones."""
+    from turnwise import atlas
+    from turnwise.setting import make_setting
+    from turnwise.evaluation import spread
+
+    if config.tasks == ATLAS:
+        return {"seen": spread(atlas.tasks("train"), size), "held-out": spread(atlas.tasks("test"), size)}
+    setting = make_setting(config)
+    return {"seen": spread(setting.train, size), "held-out": spread(setting.validation, size)}
+
+
+def evaluations(policy: str, config: TrainConfig, size: int, *, out: Path | None = None) -> dict[str, Any]:
+    """Greedy and sampled evaluations of both populations; written to `out` as eval files where it is given."""
+    from turnwise.evaluation import evaluation_to_dict, make_engine, play, rollout_limits, summarised
+    from turnwise.policy import load_policy
+    from turnwise.rundir import write_atomically
+    from turnwise.setting import make_setting
+
+    setting = make_setting(config)
+    loaded = load_policy(policy)
+    limits = rollout_limits(config, loaded)
+    engine = make_engine(loaded)
+    found: dict[str, Any] = {}
+    for population, tasks in evaluation_tasks(config, size).items():
+        for mode in ("greedy", "sampled"):
+            pairs = play(tasks, setting, engine, loaded.chat, limits=limits, mode=mode)
+            data = evaluation_to_dict(summarised(population, mode, pairs))
+            name = f"{population}-{mode}"
+            if out:
+                write_atomically(out / f"eval-{name}.json", json.dumps(data, indent=1) + "\n")
+            found[name] = data["metrics"]
+    return found
+
+
+def raw_question_rates(config: TrainConfig, size: int) -> dict[str, float]:
+    """How often an accepted answer stands in the search result when the question itself is the query."""
+    import asyncio
+
+    from turnwise.metrics import answer_presence
+    from turnwise.setting import make_tools
+    from turnwise.tools import call_tool
+    from turnwise.types import ToolCall
+
+    populations = evaluation_tasks(config, size)
+    tools = make_tools(config, [task for tasks in populations.values() for task in tasks])
+    if config.tools:
+        return {}
+
+    async def found(task: Any) -> float:
+        result = await call_tool(tools, ToolCall(name="search", arguments={"query": task.question}))
+        return answer_presence(result.text, list(task.answers))
+
+    return {
+        name: sum(asyncio.run(found(task)) for task in tasks) / len(tasks)
+        for name, tasks in populations.items()
+    }
+
+
+class _Lines:
+    """Progress of one of several runs: a line every ten steps."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        step, metrics = record["step"], record["metrics"]
+        if record["split"] == "train" and step % 10 != 1 and step != self.config.steps:
+            return
+        print(
+            f"{self.config.estimator:8} seed {self.config.seed}  {record['split']:10} step {step:3}/{self.config.steps}"
+            f"  tool {metrics.get('tool_execution', 0):4.0%}  answer found {metrics.get('answer_in_results', 0):4.0%}"
+            f"  exact match {metrics.get('exact_match', 0):4.0%}  {record['wall_s']:5.0f} s",
+            flush=True,
+        )
+
+
+def _curve(run: Path) -> dict[str, list[float]]:
+    """The training metrics that the report's curves need, by step."""
+    names = ("tool_execution", "answer_in_results", "exact_match", "return", "entropy", "dead_groups")
+    curve: dict[str, list[float]] = {name: [] for name in names}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["split"] == "train":
+            for name in names:
+                curve[name].append(round(record["metrics"][name], 4))
+    return curve
+
+
+# --- the result files -------------------------------------------------------------------------------
+
+
+def write_results(config: ReproduceConfig, start: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes the numbers as JSON and the table as Markdown; numbers only, none of the data's text."""
+    import torch
+
+    import turnwise
+    from turnwise.config import config_to_dict
+    from turnwise.rundir import write_atomically
+
+    shared = config_to_dict(config.train)
+    for name in ("out", "estimator", "seed", "threads"):
+        del shared[name]
+    for name in ("tasks", "corpus", "validation_tasks", "policy"):
+        if shared[name]:
+            shared[name] = Path(shared[name]).name
+    result = {
+        "name": config.name,
+        "turnwise": turnwise.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {config.jobs} runs at a time, one thread each",
+        "date": time.strftime("%Y-%m-%d"),
+        "config": shared,
+        "start": start,
+        "runs": list(records),
+    }
+    config.results.mkdir(parents=True, exist_ok=True)
+    path = config.results / f"{config.name}.json"
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    write_atomically(path.with_suffix(".md"), markdown(result))
+    return path
+
+
+_COLUMNS = (
+    ("tool execution", "tool_execution"),
+    ("answer in results", "answer_in_results"),
+    ("XML format", "xml_format"),
+    ("exact match", "exact_match"),
+    ("F1", "f1"),
+)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The result as Markdown tables: mean over seeds, and the range from the lowest to the highest seed."""
+    runs = result["runs"]
+    methods = list(dict.fromkeys(r["estimator"] for r in runs))
+    lines = [f"# {result['name']}", ""]
+    for name in result["start"]["evaluations"]:
+        population, _, mode = name.rpartition("-")
+        lines += [f"## {population} questions, {mode}", ""]
+        lines += ["| method | seeds | " + " | ".join(title for title, _ in _COLUMNS) + " |"]
+        lines += ["|---|---|" + "---|" * len(_COLUMNS)]
+        start = result["start"]["evaluations"][name]
+        cells = [f"{start[key]['mean']:.3f}" for _, key in _COLUMNS]
+        lines.append(f"| start | | {' | '.join(cells)} |")
+        for method in methods:
+            chosen = [r["evaluations"][name] for r in runs if r["estimator"] == method]
+            cells = [_range([c[key]["mean"] for c in chosen]) for _, key in _COLUMNS]
+            lines.append(f"| {method.upper()} | {len(chosen)} | {' | '.join(cells)} |")
+        raw = result["start"]["raw_question_answer_in_results"].get(population)
+        if raw is not None:
+            lines += ["", f"The question itself as query: answer in results {raw:.3f}."]
+        lines.append("")
+    lines.append(
+        f"{result['config']['steps']} steps of {result['config']['tasks_per_step']} questions x "
+        f"{result['config']['group_size']} rollouts; {result['machine']}; turnwise {result['turnwise']}, torch "
+        f"{result['torch']}, {result['date']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _range(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.3f} ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else f"{mean:.3f}"

@@ -1,0 +1,287 @@
+"""What a terminal shows: training as it goes, evaluations, and an agent at work.
+
+Everything that a policy, a corpus or a question says passes through `visible`, so that no control
+character of theirs reaches the terminal.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from turnwise.env import Environment, Step
+from turnwise.report.text import one_line, visible
+from turnwise.types import Message
+
+Record = Mapping[str, Any]
+"""A line of metrics.jsonl: step, split, wall_s, metrics."""
+
+RATES = {
+    "tool_execution": "tool execution",
+    "answer_in_results": "answer in results",
+    "exact_match": "exact match",
+    "dead_groups": "dead groups",
+    "clip_fraction": "clip fraction",
+}
+"""Metrics that are shares of one, as the display calls them."""
+NUMBERS = {"return": "return", "entropy": "entropy", "kl": "KL", "tokens_per_s": "tokens/s"}
+"""The other metrics of the display."""
+TRENDS = ("tool_execution", "exact_match")
+"""Metrics that are drawn over time."""
+BLOCKS = "▁▂▃▄▅▆▇█"
+PACE_STEPS = 10
+"""The last so many steps decide the time left."""
+
+
+class Shows(Protocol):
+    """Where a run's progress goes."""
+
+    def show(self, record: Record) -> None: ...
+
+
+@contextlib.contextmanager
+def training_display(title: str, total: int, console: Console) -> Iterator[Shows]:
+    """A live panel on a terminal; elsewhere one line for every record."""
+    if not console.is_terminal:
+        yield LineDisplay(total, console)
+        return
+    panel = PanelDisplay(title, total)
+    with Live(panel.rendered(), console=console, auto_refresh=False) as live:
+        panel.changed = lambda: live.update(panel.rendered(), refresh=True)
+        yield panel
+
+
+class LineDisplay:
+    """One line for every record."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self.total = total
+        self.console = console
+
+    def show(self, record: Record) -> None:
+        """Prints the record's line."""
+        self.console.print(Text(record_line(record, self.total)), soft_wrap=True)
+
+
+class PanelDisplay:
+    """All that the live panel needs to know of a run so far."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title = title
+        self.total = total
+        self.train: list[Record] = []
+        self.validation: list[Record] = []
+        self.changed: Callable[[], None] = lambda: None
+
+    def show(self, record: Record) -> None:
+        """Takes the record in and draws the panel anew."""
+        (self.train if record["split"] == "train" else self.validation).append(record)
+        self.changed()
+
+    def rendered(self) -> RenderableType:
+        """The panel as it stands."""
+        return progress_panel(self.title, self.total, self.train, self.validation)
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def record_line(record: Record, total: int) -> str:
+    """A record on one line: step, time, and the metrics that it has."""
+    metrics = record["metrics"]
+    parts = [f"{record['split']:<10} {record['step']:>4}/{total}"]
+    for name, title in RATES.items():
+        if name in metrics:
+            parts.append(f"{title} {metrics[name]:4.0%}")
+    for name, title in NUMBERS.items():
+        if name in metrics:
+            parts.append(f"{title} {number_text(metrics[name])}")
+    return "  ".join([*parts, duration(record["wall_s"])])
+
+
+def progress_panel(
+    title: str, total: int, train: Sequence[Record], validation: Sequence[Record]
+) -> Panel:
+    """A run on a few lines: how far it is, the present metrics, and two of them over time."""
+    step = train[-1]["step"] if train else 0
+    left = seconds_left(train, total)
+    head = Table.grid(padding=(0, 2))
+    head.add_row(
+        Text(f"step {step}/{total}", style="bold"),
+        ProgressBar(total=total, completed=step, width=30),
+        Text(f"{duration(left)} left" if left is not None else "the first step is under way"),
+    )
+    parts: list[RenderableType] = [head]
+    if train or validation:
+        parts += [Text(), _metrics_table(train, validation)]
+    if len(train) > 1:
+        parts += [Text(), _trends(train)]
+    hint = "Ctrl-C stops after the step under way and keeps a checkpoint"
+    return Panel(
+        Group(*parts), title=Text(one_line(title)), subtitle=Text(hint, style="dim"), expand=False
+    )
+
+
+def _metrics_table(train: Sequence[Record], validation: Sequence[Record]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    columns = ("training", "validation", "reward")
+    table.add_row("", *(Text(column, style="dim", justify="right") for column in columns))
+    now, held = (_last_metrics(records) for records in (train, validation))
+    for name, title in {**RATES, **NUMBERS}.items():
+        if name not in now and name not in held:
+            continue
+        cells = [_cell(name, metrics.get(name)) for metrics in (now, held)]
+        cells.append(_cell("", now.get(f"reward/{name}")))
+        table.add_row(Text(title), *(Text(cell, justify="right") for cell in cells))
+    shown = {f"reward/{name}" for name in RATES}
+    for name, value in now.items():
+        if name.startswith("reward/") and name not in shown:
+            title = one_line(name.removeprefix("reward/").replace("_", " "))
+            table.add_row(Text(title), "", "", Text(_cell("", value), justify="right"))
+    return table
+
+
+def _last_metrics(records: Sequence[Record]) -> Mapping[str, float]:
+    return records[-1]["metrics"] if records else {}
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1%}" if name in RATES else number_text(value)
+
+
+def _trends(train: Sequence[Record]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name in TRENDS:
+        values = [r["metrics"][name] for r in train if name in r["metrics"]]
+        table.add_row(Text(RATES[name]), Text(sparkline(values, width=48), style="green"))
+    return table
+
+
+def seconds_left(train: Sequence[Record], total: int) -> float | None:
+    """Steps to go times the mean time of the last few; None before the first step."""
+    if not train:
+        return None
+    last = train[-1]
+    before = train[-1 - PACE_STEPS :][0]
+    if before is last:  # the first step of a run: all its time, the first validation's too
+        return (total - last["step"]) * last["wall_s"] / max(1, last["step"])
+    pace = (last["wall_s"] - before["wall_s"]) / (last["step"] - before["step"])
+    return (total - last["step"]) * pace
+
+
+def sparkline(values: Sequence[float], *, width: int) -> str:
+    """Shares of one as a row of blocks, at most `width`; each is the mean of neighbouring values."""
+    count = min(width, len(values))
+    bounds = [i * len(values) // count for i in range(count + 1)] if count else []
+    means = [
+        sum(values[low:high]) / (high - low) for low, high in zip(bounds, bounds[1:], strict=False)
+    ]
+    top = len(BLOCKS) - 1
+    return "".join(BLOCKS[round(min(1.0, max(0.0, mean)) * top)] for mean in means)
+
+
+def number_text(value: float) -> str:
+    """Three significant digits, or a whole number with its thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: 1:05, 2:03:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+EVALUATED = {
+    "tool_execution": "tool\nexecution",
+    "answer_in_results": "answer in\nresults",
+    "exact_match": "exact\nmatch",
+    "exact_match_paper": "exact match\n(paper)",
+    "f1": "F1",
+    "answer_presence": "answer\npresence",
+    "xml_format": "format",
+    "turns": "turns",
+}
+"""The columns of an evaluation's table."""
+
+
+def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
+    """The numbers of `evaluation_to_dict`: overall, and by kind where there are several."""
+    table = Table(
+        title=Text(one_line(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("")
+    table.add_column("questions", justify="right")
+    for name in EVALUATED.values():
+        table.add_column(name, justify="right")
+    kinds = evaluation["by_kind"] if len(evaluation["by_kind"]) > 1 else {}
+    for kind, estimates in {"all": evaluation["metrics"], **kinds}.items():
+        count = next(iter(estimates.values()))["n"]
+        cells = [Text(_estimate(name, estimates[name])) for name in EVALUATED]
+        table.add_row(Text(one_line(kind) or "no kind"), Text(str(count)), *cells)
+    return table
+
+
+def _estimate(name: str, estimate: Mapping[str, float]) -> str:
+    if name == "turns":
+        return f"{estimate['mean']:.2f}"
+    low, high = estimate["low"], estimate["high"]
+    return f"{100 * estimate['mean']:.1f}\n{100 * low:.0f}–{100 * high:.0f}"
+
+
+# --- an agent at work -----------------------------------------------------------------------------
+
+
+class Watched:
+    """An environment that tells `watch` about every message and what came of it, as it happens."""
+
+    def __init__(self, environment: Environment, watch: Callable[[str, Step], None]) -> None:
+        self._environment = environment
+        self._watch = watch
+
+    def start(self) -> tuple[Message, ...]:
+        """The environment's first messages."""
+        return self._environment.start()
+
+    async def step(self, text: str) -> Step:
+        """The environment's reaction, once `watch` has seen it."""
+        step = await self._environment.step(text)
+        self._watch(text, step)
+        return step
+
+
+def turn_panel(number: int, text: str, step: Step) -> Table:
+    """One turn: reasoning, call and result, or answer; the bare message where it has none."""
+    action = step.action
+    rows: list[tuple[str, str, str]] = []
+    if action.reasoning:
+        rows.append(("reasoning", action.reasoning, "dim"))
+    if action.error or (action.tool_call is None and action.answer is None):
+        rows.append(("message", text, "yellow"))
+    elif action.tool_call:
+        arguments = json.dumps(action.tool_call.arguments, ensure_ascii=False)
+        rows.append(("call", f"{action.tool_call.name} {arguments}", "cyan"))
+    if step.result:
+        style = "red" if step.result.error else ""
+        rows.append(("error" if step.result.error else "result", step.result.text, style))
+    if action.answer is not None:
+        rows.append(("answer", action.answer, "bold green"))
+    if step.stop == "max_turns":
+        rows.append(("stop", "the last turn must answer; its call was not executed", "red"))
+    table = Table.grid(padding=(0, 2))
+    for i, (name, content, style) in enumerate(rows):
+        turn = Text(f"turn {number}" if i == 0 else "", style="bold")
+        table.add_row(turn, Text(name, style="dim"), Text(visible(content), style=style))
+    return table

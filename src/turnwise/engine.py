@@ -1,0 +1,150 @@
+"""What every engine offers, and the scripted engine: fixed replies, for tests without a model.
+
+An engine continues token ids. It is told which conversation a call belongs to (`session`), so that
+it can keep what it computed for the earlier turns; `release` says that the conversation is over.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from turnwise.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw a completion."""
+
+    temperature: float = 1.0
+    """0 takes the most probable token every time."""
+    max_tokens: int
+    """Most tokens of one completion, the closing special token included."""
+    seed: int
+    """Equal seeds draw equal completions from equal prompts."""
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ConfigError(
+                f"sampling.temperature must be finite and >= 0; got {self.temperature}; "
+                "give 0 for greedy or 1 for the policy's own distribution"
+            )
+        if self.max_tokens < 1:
+            raise ConfigError(
+                f"sampling.max_tokens must be >= 1; got {self.max_tokens}; give a positive number"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What an engine drew."""
+
+    token_ids: tuple[int, ...]
+    """The closing special token included where it was drawn."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each token, nats, under the distribution it was drawn from."""
+    finish: Literal["stop", "length"]
+    """`stop`: the closing token was drawn. `length`: a budget cut the completion off."""
+
+
+class Engine(Protocol):
+    """Anything that continues token ids under the present policy."""
+
+    policy_version: int
+    """How often the policy's weights have been replaced; written into every rollout."""
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable
+    ) -> Completion:
+        """A completion of `prompt_ids`, the whole conversation so far.
+
+        Later calls of one session begin with the ids of its earlier calls.
+        """
+        ...
+
+    def release(self, session: Hashable) -> None:
+        """Forget what was kept for `session`; unknown sessions are no error."""
+        ...
+
+
+class Codec(Protocol):
+    """Text to token ids and back; the part of a chat format that a scripted engine needs."""
+
+    @property
+    def end_id(self) -> int:
+        """The special token that closes an assistant message."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+Replies = Sequence[str] | Mapping[str, Sequence[str]] | Callable[[str], str]
+
+
+class ScriptedEngine:
+    """An engine whose replies are written down beforehand; every log-probability is 0.
+
+    `replies` is one of
+
+    * a list: call k of every session gets reply k;
+    * a mapping from question to such a list: a session gets the list of the longest question that
+      stands in its first prompt;
+    * a function from the prompt's text to the reply.
+
+    Raises InputError where a session asks for more replies than there are, or matches no question.
+    """
+
+    def __init__(self, replies: Replies, codec: Codec) -> None:
+        if isinstance(replies, str):
+            raise ConfigError(
+                "replies must be a list, a mapping or a function; got one string; put it in a list"
+            )
+        self.policy_version = 0
+        self._replies = replies
+        self._codec = codec
+        self._scripts: dict[Hashable, Sequence[str]] = {}
+        self._calls: dict[Hashable, int] = {}
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable
+    ) -> Completion:
+        """The session's next reply and the closing token, cut at `sampling.max_tokens`."""
+        reply = self._next_reply(self._codec.decode(prompt_ids), session)
+        ids = (*self._codec.encode_text(reply), self._codec.end_id)
+        kept = ids[: sampling.max_tokens]
+        finish = "stop" if len(kept) == len(ids) else "length"
+        return Completion(token_ids=kept, logprobs=(0.0,) * len(kept), finish=finish)
+
+    def release(self, session: Hashable) -> None:
+        """Forget the session: its next call gets the first reply again."""
+        self._scripts.pop(session, None)
+        self._calls.pop(session, None)
+
+    def _next_reply(self, prompt: str, session: Hashable) -> str:
+        if callable(self._replies):
+            return self._replies(prompt)
+        if session not in self._scripts:
+            self._scripts[session] = _script(self._replies, prompt)
+        script, call = self._scripts[session], self._calls.get(session, 0)
+        if call >= len(script):
+            raise InputError(
+                f"a scripted engine must have a reply for every call; call {call + 1} of session "
+                f"{session!r} came, and the script has {len(script)}; add replies"
+            )
+        self._calls[session] = call + 1
+        return script[call]
+
+
+def _script(replies: Sequence[str] | Mapping[str, Sequence[str]], prompt: str) -> Sequence[str]:
+    """The replies for a conversation that begins with `prompt`."""
+    if not isinstance(replies, Mapping):
+        return replies
+    found = [question for question in replies if question in prompt]
+    if not found:
+        raise InputError(
+            "a scripted engine must know the question; none of its "
+            f"{len(replies)} questions is in the prompt {prompt[-80:]!r}; add the question"
+        )
+    return replies[max(found, key=len)]

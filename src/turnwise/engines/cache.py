@@ -1,0 +1,79 @@
+"""A key-value cache with one sequence per row, which a transformers model fills in place."""
+
+import torch
+from transformers import Cache
+
+SMALLEST_LENGTH = 64
+
+
+class RowCache(Cache):
+    """Keys and values of every layer, [rows, kv_heads, length, head_dim] each.
+
+    Every row holds one sequence from position 0 on. `aim` says where the next forward pass writes
+    and what it reads; the caller's mask hides what lies behind a row's own length.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.num_rows = 0
+        self.length = 0
+
+    def reserve(self, rows: int, length: int, *, max_rows: int, max_length: int) -> None:
+        """Room for `rows` sequences of `length`; both grow by doubling, up to their maximum."""
+        if rows > self.num_rows:
+            self.num_rows = min(max(rows, 2 * self.num_rows), max_rows)
+        if length > self.length:
+            self.length = min(max(length, 2 * self.length, SMALLEST_LENGTH), max_length)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                if old.shape[0] < self.num_rows or old.shape[2] < self.length:
+                    tensors[layer] = self._room(old)
+                    tensors[layer][: old.shape[0], :, : old.shape[2]] = old
+
+    def aim(
+        self,
+        *,
+        write: tuple[torch.Tensor, torch.Tensor],
+        source: torch.Tensor | None,
+        read: slice | torch.Tensor,
+        read_length: int,
+    ) -> None:
+        """Where the next forward pass writes and reads.
+
+        `write`: row and position of each new token. `source`: which tokens of the flattened batch
+        these are (None: all). `read`: the rows of the batch, a slice where they are adjacent.
+        """
+        self._write, self._source, self._read, self._read_length = write, source, read, read_length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new states; the keys and values of the batch, [B, kv_heads, L, head_dim]."""
+        if layer_idx == len(self.keys):
+            self.keys.append(self._room(key_states))
+            self.values.append(self._room(value_states))
+        return self._through(self.keys[layer_idx], key_states), self._through(
+            self.values[layer_idx], value_states
+        )
+
+    def move(self, target: torch.Tensor, source: torch.Tensor, length: int) -> None:
+        """Copy the first `length` positions of rows `source` to rows `target`; they may overlap."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def _through(self, stored: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        new = states.transpose(1, 2).flatten(0, 1)
+        if self._source is not None:
+            new = new[self._source]
+        stored.transpose(1, 2)[self._write] = new
+        rows, length = self._read, self._read_length
+        if isinstance(rows, slice):
+            return stored[rows, :, :length]
+        return stored[:, :, :length].index_select(0, rows)
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        # Zeros, not empty: a masked position still enters a product, and 0 x NaN is NaN.
+        return like.new_zeros(self.num_rows, like.shape[1], self.length, like.shape[3])

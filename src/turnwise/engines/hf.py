@@ -1,0 +1,525 @@
+"""The in-process engine: a transformers causal language model whose key-value cache outlives turns.
+
+Every request is a row of one batch. A driver coroutine runs while there is something to do: it lets
+waiting requests in, feeds their new tokens, and then draws one token for every row that is alive,
+until rows finish and others take their place. Between two steps it yields, so that the rollouts can
+run their tools and come back with the next turn while the other rows go on.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from turnwise.engine import Completion, Sampling
+from turnwise.engines.cache import RowCache
+from turnwise.engines.sampling import drawn_tokens
+from turnwise.errors import ConfigError, InputError
+
+PREFILL_TOKENS = 8192
+"""Most tokens, padding included, of one prefill pass."""
+HOLE_STEPS = 16
+"""Decode steps of one row that cost about as much as moving it: so long may a hole stay open."""
+GRACE_S = 0.02
+"""How long an engine with nothing to decode waits for a session to return before it evicts one."""
+ALTERED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """What an engine has done so far."""
+
+    prefilled_tokens: int = 0
+    """Prompt and environment tokens that went through the model; shared prompts count once."""
+    decoded_tokens: int = 0
+    """Tokens drawn."""
+    decode_steps: int = 0
+    """Forward passes that drew one token for every row alive."""
+    seconds: float = 0.0
+    """Wall time in the model, the cache and the drawing; waiting for tools is not in it."""
+
+
+@dataclass(eq=False, kw_only=True)
+class _Request:
+    session: Hashable
+    prompt: np.ndarray
+    sampling: Sampling
+    future: asyncio.Future[Completion]
+
+
+class _Rows:
+    """What each row of the batch holds, as arrays, so that a step needs no loop over rows.
+
+    A row is *active* (decoding), *reserved* for its session between turns, or free.
+    """
+
+    def __init__(self, rows: int, length: int) -> None:
+        self.active = np.zeros(rows, bool)
+        self.reserved = np.zeros(rows, bool)
+        self.length = np.zeros(rows, np.int64)  # tokens in the key-value cache
+        self.start = np.zeros(rows, np.int64)  # where the tokens of the present request begin
+        self.end = np.zeros(rows, np.int64)  # and where its budget ends
+        self.used = np.zeros(rows, np.int64)  # decode step of its last token
+        self.temperature = np.zeros(rows)
+        self.request = np.full(rows, None, object)
+        self.session = np.full(rows, None, object)
+        self.tokens = np.zeros((rows, length), np.int64)
+        self.logprobs = np.zeros((rows, length))
+        self.uniforms = np.zeros((rows, length))
+
+    def move(self, target: np.ndarray, source: np.ndarray) -> None:
+        """Rows `source` become rows `target`; both may overlap, as in a swap."""
+        for array in vars(self).values():
+            array[target] = array[source]
+
+    def num_used(self) -> int:
+        """One more than the last active row."""
+        active = np.flatnonzero(self.active)
+        return int(active[-1]) + 1 if len(active) else 0
+
+
+class HFEngine:
+    """Continues token ids with an in-memory transformers decoder of the Llama/Qwen family.
+
+    Batches over everything alive. A session's row stays reserved until `release`, so that its next
+    turn feeds only what is new; where sessions outnumber rows, requests wait. Equal waiting prompts
+    are fed once. A completion depends on its prompt and its seed, not on what else is in the batch.
+
+    Raises ConfigError for a model whose logits or attention the engine would get wrong. Call
+    `refresh` after every change of the weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        stop_ids: frozenset[int] | Sequence[int],
+        max_rows: int = 256,
+        max_context: int,
+    ) -> None:
+        _check_model(model.config)
+        if max_rows < 1 or max_context < 2:
+            raise ConfigError(
+                "an engine must have max_rows >= 1 and max_context >= 2; "
+                f"got {max_rows} and {max_context}; give larger numbers"
+            )
+        self.policy_version = 0
+        self.max_rows = max_rows
+        self.max_context = max_context
+        self.stats = EngineStats()
+        self._model = model
+        self._decoder: Any = model.get_decoder()
+        self._head: Any = model.get_output_embeddings()
+        self._device = next(model.parameters()).device
+        self._vocab = self._head.weight.shape[0]
+        self._is_stop = _stop_table(stop_ids, self._vocab)
+        self._waiting: deque[_Request] = deque()
+        self._sessions: dict[Hashable, _Request] = {}  # alive, with their latest request
+        self._row_of: dict[Hashable, int] = {}
+        self._hole_steps = 0
+        self._driver: asyncio.Task[None] | None = None
+        self._arrival: asyncio.Event | None = None
+        self._clear()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable
+    ) -> Completion:
+        """A completion of `prompt_ids`, the whole conversation so far, drawn token by token.
+
+        Raises InputError for an empty prompt, one longer than `max_context` - 1, a token id outside
+        the vocabulary, or a second request of one session before the first is answered.
+        """
+        prompt = self._checked_prompt(prompt_ids)
+        earlier = self._sessions.get(session)
+        if earlier is not None and not earlier.future.done():
+            raise InputError(
+                f"a session must wait for its answer before it asks again; got a second request of "
+                f"session {session!r}; give every conversation its own session"
+            )
+        loop = asyncio.get_running_loop()
+        request = _Request(
+            session=session, prompt=prompt, sampling=sampling, future=loop.create_future()
+        )
+        self._sessions[session] = request
+        self._waiting.append(request)
+        self._notify()
+        if self._driver is None or self._driver.done():
+            self._driver = loop.create_task(self._drive())
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            if self._sessions.get(session) is request:
+                self.release(session)
+            raise
+
+    def release(self, session: Hashable) -> None:
+        """Free the row of `session`; a request of it that is still running is cancelled."""
+        request = self._sessions.pop(session, None)
+        if request is not None and not request.future.done():
+            request.future.cancel()
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self._free(session)
+        self._notify()
+
+    def refresh(self, policy_version: int) -> None:
+        """Forget what the old weights computed; every session must have been released."""
+        assert not self._sessions, f"refresh with {len(self._sessions)} sessions alive"
+        self.policy_version = policy_version
+        self._rows.length[:] = 0
+
+    # ---- the driver ----
+
+    async def _drive(self) -> None:
+        training = self._model.training
+        self._model.eval()
+        self._arrival = asyncio.Event()
+        try:
+            while self._waiting or self._rows.active.any():
+                began = time.perf_counter()
+                admitted = self._admitted()
+                if admitted:
+                    self._prefill(admitted)
+                if self._rows.active.any():
+                    self._decode()
+                elif not admitted:
+                    await self._make_room()
+                    continue
+                self.stats.seconds += time.perf_counter() - began
+                await asyncio.sleep(0)
+        except BaseException as error:
+            self._fail(error)
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._model.train(training)
+
+    def _admitted(self) -> list[_Request]:
+        """The waiting requests that have a row now: their session's own, or a free one."""
+        admitted, rest = [], deque()
+        free = iter(np.flatnonzero(~self._rows.reserved) if self._waiting else ())
+        for request in self._waiting:
+            row = self._row_of.get(request.session)
+            if row is None:
+                row = next(free, None)
+            if row is None:
+                rest.append(request)
+            else:
+                self._seat(request, int(row))
+                admitted.append(request)
+        self._waiting = rest
+        return admitted
+
+    def _seat(self, request: _Request, row: int) -> None:
+        """Put the request into the row, of which the common prefix with its prompt stays cached."""
+        rows, prompt, sampling = self._rows, request.prompt, request.sampling
+        size = len(prompt)
+        budget = min(sampling.max_tokens, self.max_context - size)
+        cached = int(rows.length[row]) if request.session in self._row_of else 0
+        rows.length[row] = _common_prefix(rows.tokens[row, :cached], prompt[:-1])
+        rows.tokens[row, :size] = prompt
+        rows.start[row], rows.end[row] = size, size + budget
+        rows.uniforms[row, size : size + budget] = _uniforms(sampling.seed, budget)
+        rows.temperature[row] = sampling.temperature
+        rows.request[row], rows.session[row] = request, request.session
+        rows.active[row] = rows.reserved[row] = True
+        self._row_of[request.session] = row
+
+    async def _make_room(self) -> None:
+        """Nothing decodes, no row is free: wait a moment for a session to return or be released,
+        then evict the rows that were idle longest; their sessions are fed again on their return."""
+        assert self._arrival is not None
+        self._arrival.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._arrival.wait(), GRACE_S)
+            return
+        idle = np.flatnonzero(self._rows.reserved)
+        oldest = idle[np.argsort(self._rows.used[idle], kind="stable")]
+        for session in self._rows.session[oldest[: len(self._waiting)]]:
+            self._free(session)
+
+    def _free(self, session: Hashable) -> None:
+        row = self._row_of.pop(session, None)
+        if row is not None:
+            self._rows.active[row] = self._rows.reserved[row] = False
+            self._rows.request[row] = self._rows.session[row] = None
+            self._rows.length[row] = 0
+
+    def _fail(self, error: BaseException) -> None:
+        """Hand `error` to everyone who waits, and start afresh."""
+        running = self._rows.request[self._rows.active]
+        for request in (*self._waiting, *running):
+            if request.future.done():
+                continue
+            if isinstance(error, Exception):
+                request.future.set_exception(error)
+            else:
+                request.future.cancel()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows = _Rows(self.max_rows, self.max_context)
+        self._cache = RowCache()
+        self._waiting.clear()
+        self._row_of.clear()
+
+    def _notify(self) -> None:
+        if self._arrival is not None:
+            self._arrival.set()
+
+    def _checked_prompt(self, prompt_ids: Sequence[int]) -> np.ndarray:
+        prompt = np.asarray(prompt_ids, np.int64)
+        if not 1 <= len(prompt) < self.max_context:
+            raise InputError(
+                f"a prompt must have 1 to {self.max_context - 1} tokens (max_context - 1); "
+                f"got {len(prompt)}; shorten it or raise max_context"
+            )
+        if prompt.min() < 0 or prompt.max() >= self._vocab:
+            raise InputError(
+                f"token ids must be in [0, {self._vocab}); got {prompt.min()} to {prompt.max()}; "
+                "use the tokenizer that belongs to the model"
+            )
+        return prompt
+
+    # ---- tensors ----
+
+    @torch.inference_mode()
+    def _prefill(self, admitted: list[_Request]) -> None:
+        """Feed what is new in the admitted rows, equal prompts once, and draw the first tokens."""
+        groups: dict[Hashable, list[int]] = {}
+        chosen = np.array([self._row_of[request.session] for request in admitted])
+        self._reserve(int(chosen.max()) + 1, int(self._rows.start[chosen].max()) + 1)
+        for row, request in zip(chosen.tolist(), admitted, strict=True):
+            fresh = self._rows.length[row] == 0
+            groups.setdefault(request.prompt.tobytes() if fresh else row, []).append(row)
+        leaders = np.array([members[0] for members in groups.values()])
+        followers = {members[0]: members[1:] for members in groups.values()}
+        new = self._rows.start[leaders] - self._rows.length[leaders]
+        for chunk in _chunks(leaders, new):
+            hidden = self._feed_prompts(chunk)
+            source = np.array([i for i, row in enumerate(chunk) for _ in followers[row]], np.int64)
+            target = np.array([row for leader in chunk for row in followers[leader]], np.int64)
+            if len(target):
+                self._copy(target, chunk[source])
+                hidden = torch.cat((hidden, hidden[self._tensor(source)]))
+            self._draw(hidden, np.concatenate((chunk, target)))
+
+    def _feed_prompts(self, chunk: np.ndarray) -> torch.Tensor:
+        """Feed the new tokens of rows `chunk` [B]; the hidden states of the last ones, [B, d]."""
+        rows = self._rows
+        cached, size = rows.length[chunk], rows.start[chunk]
+        offsets = np.arange((size - cached).max())
+        positions = np.minimum(cached[:, None] + offsets, size[:, None] - 1)  # the last one repeats
+        is_new = offsets < (size - cached)[:, None]
+        hidden = self._forward(
+            ids=rows.tokens[chunk[:, None], positions],
+            positions=positions,
+            write=(np.broadcast_to(chunk[:, None], is_new.shape)[is_new], positions[is_new]),
+            source=None if is_new.all() else np.flatnonzero(is_new),
+            read=chunk,
+        )
+        self.stats.prefilled_tokens += int(is_new.sum())
+        rows.length[chunk] = size
+        last = self._tensor(size - cached - 1)
+        return hidden[torch.arange(len(chunk), device=self._device), last]
+
+    def _copy(self, target: np.ndarray, source: np.ndarray) -> None:
+        length = self._rows.length[source]
+        self._reserve(int(target.max()) + 1, int(length.max()))
+        self._cache.move(self._tensor(target), self._tensor(source), int(length.max()))
+        self._rows.length[target] = length
+
+    @torch.inference_mode()
+    def _decode(self) -> None:
+        """Feed every active row its last token and draw the next one."""
+        self._close_holes()
+        rows = self._rows
+        count = rows.num_used()
+        active = np.flatnonzero(rows.active[:count])
+        batch = np.arange(count)
+        length = rows.length[:count]
+        # Idle rows in between take part; what they write lies behind their length, out of sight.
+        hidden = self._forward(
+            ids=rows.tokens[batch, length][:, None],
+            positions=length[:, None],
+            write=(batch, length),
+            source=None,
+            read=batch,
+            read_length=int(length[active].max()) + 1,
+        )[:, 0]
+        rows.length[active] += 1
+        self.stats.decode_steps += 1
+        self._draw(hidden if len(active) == count else hidden[self._tensor(active)], active)
+
+    def _close_holes(self) -> None:
+        """Swap rows from the end into the holes, once the holes have cost as much as that will."""
+        rows = self._rows
+        active = np.flatnonzero(rows.active)
+        count = len(active)
+        source = active[active >= count]
+        self._hole_steps += active[-1] + 1 - count
+        if self._hole_steps < HOLE_STEPS * len(source) or not len(source):
+            return
+        self._hole_steps = 0
+        target = np.flatnonzero(~rows.active[:count])
+        there, here = np.concatenate((target, source)), np.concatenate((source, target))
+        self._cache.move(self._tensor(there), self._tensor(here), int(rows.length[here].max()))
+        rows.move(there, here)
+        for row, session in zip(there.tolist(), rows.session[there], strict=True):
+            if session is not None:
+                self._row_of[session] = row
+
+    def _forward(
+        self,
+        *,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        write: tuple[np.ndarray, np.ndarray],
+        source: np.ndarray | None,
+        read: np.ndarray,
+        read_length: int | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, d] of `ids` [B, T] at `positions` [B, T] of cache rows `read`."""
+        if read_length is None:
+            read_length = int(positions.max()) + 1
+        self._reserve(int(read.max()) + 1, int(positions.max()) + 1)
+        first, adjacent = int(read[0]), bool((np.diff(read) == 1).all())
+        self._cache.aim(
+            write=(self._tensor(write[0]), self._tensor(write[1])),
+            source=None if source is None else self._tensor(source),
+            read=slice(first, first + len(read)) if adjacent else self._tensor(read),
+            read_length=read_length,
+        )
+        place = self._tensor(positions)
+        return self._decoder(
+            input_ids=self._tensor(ids),
+            position_ids=place,
+            attention_mask=_mask(place, read_length, self._model.dtype),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def _draw(self, hidden: torch.Tensor, active: np.ndarray) -> None:
+        """Draw the next token of rows `active` [B] from `hidden` [B, d]; answer what is done."""
+        rows = self._rows
+        place = rows.length[active]
+        tokens, logprobs = drawn_tokens(
+            self._head(hidden),
+            self._tensor(rows.temperature[active]),
+            self._tensor(rows.uniforms[active, place]),
+        )
+        ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
+        if not np.isfinite(values).all():
+            raise InputError(
+                "the model must give finite logits; got a log-probability that is not; "
+                "check the weights (a diverged run?)"
+            )
+        rows.tokens[active, place] = ids
+        rows.logprobs[active, place] = values
+        rows.used[active] = self.stats.decode_steps
+        self.stats.decoded_tokens += len(active)
+        done = self._is_stop[ids] | (place + 1 == rows.end[active])
+        for row in active[done]:
+            self._answer(int(row))
+
+    def _answer(self, row: int) -> None:
+        rows = self._rows
+        drawn = slice(rows.start[row], rows.length[row] + 1)
+        token_ids = rows.tokens[row, drawn].tolist()
+        request = rows.request[row]
+        rows.active[row], rows.request[row] = False, None
+        if not request.future.done():
+            request.future.set_result(
+                Completion(
+                    token_ids=tuple(token_ids),
+                    logprobs=tuple(rows.logprobs[row, drawn].tolist()),
+                    finish="stop" if self._is_stop[token_ids[-1]] else "length",
+                )
+            )
+
+    def _reserve(self, rows: int, length: int) -> None:
+        self._cache.reserve(rows, length, max_rows=self.max_rows, max_length=self.max_context)
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _uniforms(seed: int, count: int) -> np.ndarray:
+    """The first `count` uniforms of the request's own stream, [count] in [0, 1)."""
+    return np.random.Generator(np.random.Philox(key=seed % 2**64)).random(count)
+
+
+def _common_prefix(cached: np.ndarray, prompt: np.ndarray) -> int:
+    """How many tokens both begin with."""
+    size = min(len(cached), len(prompt))
+    different = np.flatnonzero(cached[:size] != prompt[:size])
+    return int(different[0]) if len(different) else size
+
+
+def _chunks(rows: np.ndarray, new: np.ndarray) -> Iterable[np.ndarray]:
+    """`rows` [B] in pieces with like numbers of `new` [B] tokens, each at most PREFILL_TOKENS."""
+    order = np.argsort(new, kind="stable")[::-1]
+    while len(order):
+        size = max(1, PREFILL_TOKENS // int(new[order[0]]))
+        yield np.sort(rows[order[:size]])
+        order = order[size:]
+
+
+def _mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Additive attention mask [B, 1, T, length]: a token at position p sees positions 0 to p."""
+    hidden = torch.arange(length, device=positions.device) > positions[:, None, :, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(
+        hidden, torch.finfo(dtype).min
+    )
+
+
+def _stop_table(stop_ids: Iterable[int], vocab: int) -> np.ndarray:
+    """Whether each token id ends a completion, [V]."""
+    ids = np.array(sorted(stop_ids), np.int64)
+    if len(ids) and (ids[0] < 0 or ids[-1] >= vocab):
+        raise ConfigError(
+            f"stop_ids must be in [0, {vocab}), the model's vocabulary; got {ids.tolist()}; "
+            "use the tokenizer that belongs to the model"
+        )
+    table = np.zeros(vocab, bool)
+    table[ids] = True
+    return table
+
+
+def _check_model(config: Any) -> None:
+    """Refuse what the engine would silently compute wrong."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = [
+            "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        ]
+    odd = sorted(set(kinds) - {"full_attention"})
+    if odd:
+        raise ConfigError(
+            f"an engine's model must have full attention in every layer; got {', '.join(odd)}; "
+            "switch it off in the model's config or take another model"
+        )
+    altered = [name for name in ALTERED_LOGITS if getattr(config, name, None) not in (None, 1)]
+    if altered:
+        raise ConfigError(
+            f"an engine's model must give the output layer's logits as they are; got a config with "
+            f"{altered[0]}; take a model of the Llama or Qwen family"
+        )
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ConfigError(
+            f"an engine's model must be loaded with attn_implementation 'sdpa' or 'eager'; "
+            f"got {config._attn_implementation!r}; load it with 'sdpa'"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ConfigError(
+            "an engine's model must have rotary frequencies that do not depend on the length; "
+            f"got rope_type {rope!r}; take 'default', 'linear', 'llama3' or 'yarn'"
+        )

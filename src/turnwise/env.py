@@ -1,0 +1,91 @@
+"""The environment of one rollout: it speaks first, reads the policy's messages and answers them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from turnwise.errors import ConfigError
+from turnwise.tags import parse, result_text, system_prompt
+from turnwise.tools import Tool, call_tool, error_result
+from turnwise.types import Action, Message, Stop, Task, ToolResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the environment made of one message of the policy."""
+
+    action: Action
+    result: ToolResult | None = None
+    """What the tool returned; None where none was called."""
+    reply: tuple[Message, ...] = ()
+    """Messages to append before the policy's next turn."""
+    stop: Stop | None = None
+    """Why the rollout is over; None while it goes on."""
+
+
+class Environment(Protocol):
+    """One task, played once, in messages; tokens are none of its business."""
+
+    def start(self) -> tuple[Message, ...]:
+        """The messages that the policy sees before its first turn."""
+        ...
+
+    async def step(self, text: str) -> Step:
+        """The environment's reaction to the policy's next message."""
+        ...
+
+
+class ToolEnvironment:
+    """Tool calls under the tags of `turnwise.tags`, and then an answer, within `max_turns` turns.
+
+    Every turn counts, the answering one included, so a rollout can use `max_turns` - 1 calls. A
+    call that fails or cannot be read is answered by an error result and costs its turn. A call in
+    the last turn is not executed: the rollout stops with `max_turns`.
+    """
+
+    def __init__(self, task: Task, tools: Mapping[str, Tool], *, max_turns: int = 2) -> None:
+        if max_turns < 1:
+            raise ConfigError(
+                f"max_turns must be >= 1; got {max_turns}; 2 allows one tool call and an answer"
+            )
+        self._task = task
+        self._tools = tools
+        self._turns_left = max_turns
+
+    def start(self) -> tuple[Message, ...]:
+        """The rules as system message, the question as user message."""
+        return (
+            Message(role="system", content=system_prompt(self._tools)),
+            Message(role="user", content=self._task.question),
+        )
+
+    async def step(self, text: str) -> Step:
+        """Read the message; run its tool call if a later turn can use the result."""
+        if self._turns_left == 0:
+            raise RuntimeError("an environment plays one rollout; this one has stopped")
+        self._turns_left -= 1
+        action = parse(text)
+        stop = _stop(action, last=self._turns_left == 0)
+        if stop:
+            self._turns_left = 0
+            return Step(action=action, stop=stop)
+        result = await self._result(action)
+        return Step(
+            action=action,
+            result=result,
+            reply=(Message(role="user", content=result_text(result)),),
+        )
+
+    async def _result(self, action: Action) -> ToolResult:
+        if action.error or not action.tool_call:
+            return error_result("parse", action.error or "no tool call")
+        return await call_tool(self._tools, action.tool_call)
+
+
+def _stop(action: Action, *, last: bool) -> Stop | None:
+    """Why an action ends the rollout, if it does."""
+    if action.answer is not None:
+        return "answer"
+    if action.tool_call is None and action.error is None:
+        return "no_action"
+    return "max_turns" if last else None

@@ -1,0 +1,42 @@
+"""The errors a user can meet.
+
+    TurnwiseError
+    ├── InputError       a file, record or value that the user gave (also a ValueError)
+    │   └── ConfigError  an option out of range or unknown
+    ├── RunError         a run directory, checkpoint or index that cannot be used (also an OSError)
+    └── ToolError        raised by a tool's author: its text goes back to the agent
+
+Each message says what must hold, then what came, then what to do. The command line turns these into one
+line and exit code 2; any other exception is a bug of ours.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class TurnwiseError(Exception):
+    """Base of every error that turnwise raises on purpose."""
+
+
+class InputError(TurnwiseError, ValueError):
+    """A file, record or value from the user does not hold what it must."""
+
+
+class ConfigError(InputError):
+    """An option is unknown or out of range."""
+
+
+class RunError(TurnwiseError, OSError):
+    """A run directory, checkpoint or index cannot be read or written."""
+
+
+class ToolError(TurnwiseError):
+    """A tool could not do what it was asked; the agent sees the text as an error result."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """A ConfigError for a name that is none of `known`, with the nearest of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of: {', '.join(names)}"
+    return ConfigError(f"{what} must be a known name; got {name!r}; {hint}")

@@ -1,0 +1,347 @@
+"""Playing questions without learning from them: metrics with confidence intervals, and a record per question."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from turnwise import atlas, metrics
+from turnwise.chat import Chat
+from turnwise.config import ATLAS, TrainConfig
+from turnwise.engine import Engine
+from turnwise.engines.hf import HFEngine
+from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.policy import EMBEDDED, Policy, load_policy
+from turnwise.rewards import answer_presence, load_rewards, tag_usage, xml_format
+from turnwise.rollout import Limits, run_groups
+from turnwise.rundir import latest_checkpoint, read_config, write_atomically
+from turnwise.setting import Setting, make_setting, make_tools
+from turnwise.tasks import load_tasks
+from turnwise.types import Rollout, Task
+
+Mode = Literal["greedy", "sampled"]
+
+RESAMPLES = 2000
+"""Bootstrap resamples behind an interval."""
+
+
+def rollout_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
+    """What is reported of one rollout, each in [0, 1] but `turns` and `tokens`.
+
+    tool_execution     a tool call was executed without error
+    answer_in_results  an accepted answer stands in a tool's result
+    exact_match        SQuAD's definition; `exact_match_paper` the paper's
+    """
+    results = [turn.result for turn in rollout.turns if turn.result and not turn.result.error]
+    answer = rollout.answer
+    said = answer if answer is not None else ""
+    golds = list(task.answers)
+    return {
+        "tool_execution": float(bool(results)),
+        "answer_in_results": max((metrics.answer_presence(r.text, golds) for r in results), default=0.0),
+        "exact_match": 0.0 if answer is None else metrics.exact_match(said, golds),
+        "exact_match_paper": 0.0 if answer is None else metrics.exact_match(said, golds, "paper"),
+        "f1": 0.0 if answer is None else metrics.f1(said, golds),
+        "answer_presence": answer_presence(task, rollout),
+        "answered": float(answer is not None),
+        "xml_format": xml_format(rollout),
+        "tag_usage": tag_usage(rollout),
+        "terminated": float(rollout.terminated),
+        "turns": float(len(rollout.turns)),
+        "tokens": float(sum(len(turn.action_ids) for turn in rollout.turns)),
+    }
+
+
+def mean_metrics(pairs: Sequence[tuple[Task, Rollout]]) -> dict[str, float]:
+    """Each metric's mean over rollouts; those that an environment's failure ended are left out."""
+    rows = [rollout_metrics(task, rollout) for task, rollout in pairs if rollout.stop != "error"]
+    if not rows:
+        return {}
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean with a 95 % bootstrap interval over questions."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation: overall, by question kind, and question by question."""
+
+    name: str
+    mode: Mode
+    metrics: Mapping[str, Estimate]
+    by_kind: Mapping[str, Mapping[str, Estimate]]
+    records: Sequence[tuple[Task, Rollout]]
+
+
+def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Mean and percentile bootstrap interval of values, one per question (Efron 1979)."""
+    array = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(seed).integers(0, len(array), (RESAMPLES, len(array)))
+    low, high = np.percentile(array[draws].mean(1), [2.5, 97.5])
+    return Estimate(mean=float(array.mean()), low=float(low), high=float(high), n=len(array))
+
+
+def play(
+    tasks: Sequence[Task],
+    setting: Setting,
+    engine: Engine,
+    chat: Chat,
+    *,
+    limits: Limits,
+    mode: Mode = "greedy",
+    seed: Sequence[int] = (0,),
+) -> list[tuple[Task, Rollout]]:
+    """Each question once, scored."""
+    groups = asyncio.run(
+        run_groups(
+            tasks,
+            setting.environment,
+            engine,
+            chat,
+            group_size=1,
+            limits=limits,
+            temperature=0.0 if mode == "greedy" else setting.config.temperature,
+            seed=seed,
+        )
+    )
+    return [(task, setting.scored(task, group[0])) for task, group in zip(tasks, groups, strict=True)]
+
+
+def summarised(name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]]) -> Evaluation:
+    """The evaluation of played questions."""
+    counted = [(task, rollout) for task, rollout in pairs if rollout.stop != "error"]
+    kinds = dict.fromkeys(task.kind for task, _ in counted)
+    return Evaluation(
+        name=name,
+        mode=mode,
+        metrics=_estimates(counted),
+        by_kind={kind: _estimates([p for p in counted if p[0].kind == kind]) for kind in kinds},
+        records=pairs,
+    )
+
+
+def _estimates(pairs: Sequence[tuple[Task, Rollout]]) -> dict[str, Estimate]:
+    rows = [rollout_metrics(task, rollout) for task, rollout in pairs]
+    names = rows[0] if rows else {}
+    return {name: bootstrap([row[name] for row in rows]) for name in names}
+
+
+def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation's numbers in JSON's types, without the records."""
+
+    def plain(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
+        return {name: vars(estimate) for name, estimate in estimates.items()}
+
+    return {
+        "name": evaluation.name,
+        "mode": evaluation.mode,
+        "metrics": plain(evaluation.metrics),
+        "by_kind": {kind: plain(found) for kind, found in evaluation.by_kind.items()},
+    }
+
+
+# --- a run or a checkpoint, played ------------------------------------------------------------------
+
+Checkpoint = Literal["best", "last"]
+
+
+def evaluate(
+    run: str | Path = EMBEDDED,
+    tasks: str | Path | Sequence[Task] | None = None,
+    *,
+    split: atlas.Split | None = None,
+    mode: Mode = "greedy",
+    limit: int | None = None,
+    checkpoint: Checkpoint = "best",
+    seed: int = 0,
+    name: str | None = None,
+) -> Evaluation:
+    """How well a policy answers questions: each one once, with bootstrap intervals.
+
+    `run` is a run directory, a checkpoint folder or "embedded"; it plays with its run's tools and rewards. `tasks` are
+    questions, a file of them or "atlas"; by default those of the run, of which `split` chooses (by default "test" of
+    the atlas and "validation" of a file). `limit` takes that many, evenly spaced. Raises RunError where every rollout
+    failed.
+    """
+    policy, config = run_policy(run, checkpoint)
+    chosen, called = _chosen_tasks(config, tasks, split)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be >= 1; got {limit}; leave it out to play every question")
+    setting = _setting(config, spread(chosen, limit or len(chosen)))
+    limits = rollout_limits(config, policy)
+    check_prompts(setting, policy, limits)
+    engine = make_engine(policy)
+    pairs = play(
+        setting.validation, setting, engine, policy.chat, limits=limits, mode=mode, seed=(seed,)
+    )
+    evaluation = summarised(name or called, mode, pairs)
+    if not evaluation.metrics:
+        raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
+    return evaluation
+
+
+def rollouts(
+    run: str | Path = EMBEDDED,
+    tasks: str | Path | Sequence[Task] | None = None,
+    *,
+    group_size: int = 8,
+    mode: Mode = "sampled",
+    checkpoint: Checkpoint = "best",
+    seed: int = 0,
+    **options: Any,
+) -> list[list[Rollout]]:
+    """`group_size` scored rollouts of every task, one list per task.
+
+    `run` and `tasks` are as in `evaluate`; `options` are fields of `TrainConfig` that replace the run's own, such as
+    `tools`, `corpus` or `max_turns`.
+    """
+    if group_size < 1:
+        raise ConfigError(f"group_size must be >= 1; got {group_size}; give the number of rollouts per task")
+    policy, config = run_policy(run, checkpoint)
+    config = dataclasses.replace(config, **options)
+    setting = _setting(config, _chosen_tasks(config, tasks, None)[0])
+    limits = rollout_limits(config, policy)
+    check_prompts(setting, policy, limits)
+    groups = asyncio.run(
+        run_groups(
+            setting.validation,
+            setting.environment,
+            make_engine(policy),
+            policy.chat,
+            group_size=group_size,
+            limits=limits,
+            temperature=0.0 if mode == "greedy" else config.temperature,
+            seed=(seed,),
+        )
+    )
+    return [
+        [setting.scored(task, rollout) for rollout in group]
+        for task, group in zip(setting.validation, groups, strict=True)
+    ]
+
+
+def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy, TrainConfig]:
+    """A run's policy and configuration.
+
+    Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, and of "embedded", the
+    default one. Raises InputError or RunError where there is no such run or it has no such checkpoint.
+    """
+    folder = Path(run)
+    if str(run) == EMBEDDED:
+        return load_policy(EMBEDDED), TrainConfig()
+    if not folder.is_dir():
+        raise InputError(
+            f"a run must be a run directory, a checkpoint folder or {EMBEDDED!r}; {str(run)!r} is no directory; "
+            "check the path"
+        )
+    if is_run(folder):
+        best = checkpoint == "best" and (folder / "best").is_dir()
+        source = folder / "best" if best else latest_checkpoint(folder)[0]
+        return load_policy(source), read_config(folder)
+    above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
+    return load_policy(folder), read_config(above[0]) if above else TrainConfig()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory; a checkpoint has a config.json too, but no metrics."""
+    return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def write_evaluation(run: Path, evaluation: Evaluation) -> Path:
+    """Writes `eval-NAME-MODE.json` (the numbers, which is returned) and `.jsonl` (a line per question) to a run."""
+    path = run / f"eval-{evaluation.name}-{evaluation.mode}.json"
+    lines = [
+        json.dumps(
+            {
+                "task": dataclasses.asdict(task),
+                "metrics": rollout_metrics(task, rollout),
+                "rollout": dataclasses.asdict(rollout),
+            },
+            ensure_ascii=False,
+        )
+        for task, rollout in evaluation.records
+    ]
+    write_atomically(path.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
+    write_atomically(path, json.dumps(evaluation_to_dict(evaluation), indent=1) + "\n")
+    return path
+
+
+def _chosen_tasks(
+    config: TrainConfig, tasks: str | Path | Sequence[Task] | None, split: atlas.Split | None
+) -> tuple[Sequence[Task], str]:
+    """The questions to play, and what they are called."""
+    if tasks is None and config.tasks != ATLAS:
+        setting = make_setting(config)
+        if split == "test":
+            raise ConfigError(
+                "split of a run on your own questions must be train or validation; got 'test'; name the test file as tasks"
+            )
+        return (setting.train, "train") if split == "train" else (setting.validation, "validation")
+    if tasks is None or str(tasks) == ATLAS:
+        split = split or "test"
+        return atlas.tasks(split), split
+    if not isinstance(tasks, str | Path):
+        return tasks, "tasks"
+    if split:
+        raise ConfigError(f"split must be left out where tasks are a file, all of which is played; got {split!r}")
+    return load_tasks(tasks), Path(tasks).name.split(".jsonl")[0]
+
+
+def _setting(config: TrainConfig, tasks: Sequence[Task]) -> Setting:
+    """A configuration's tools and rewards with other questions."""
+    return Setting(
+        config=config,
+        train=(),
+        validation=tasks,
+        tools=make_tools(config, tasks if any(task.answers for task in tasks) else ()),
+        rewards=load_rewards(config.rewards) if config.rewards else {},
+    )
+
+
+def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
+    """The budgets of a rollout of this policy."""
+    return Limits(
+        max_turn_tokens=config.max_turn_tokens,
+        context=policy.context,
+        max_turns=config.max_turns,
+    )
+
+
+def make_engine(policy: Policy) -> HFEngine:
+    """The in-process engine over a policy."""
+    return HFEngine(policy.model, stop_ids=[policy.chat.end_id], max_context=policy.context)
+
+
+def spread(tasks: Sequence[Task], count: int) -> list[Task]:
+    """At most `count` tasks, evenly spaced over the whole list."""
+    if len(tasks) <= count:
+        return list(tasks)
+    return [tasks[i * len(tasks) // count] for i in range(count)]
+
+
+def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
+    """Raises ConfigError where prompt and turns together cannot fit the policy's context."""
+    turns, chat = limits.max_turns, policy.chat
+    replies = (turns - 1) * chat.empty_reply_length
+    for task in (*setting.train, *setting.validation):
+        length = len(chat.prompt_ids(setting.environment(task).start()))
+        needed = length + turns * limits.max_turn_tokens + replies
+        if needed > limits.context:
+            raise ConfigError(
+                f"prompt and turns must fit the policy's context of {limits.context} tokens; task {task.id!r} needs "
+                f"{length} + {turns} x {limits.max_turn_tokens} + {replies} = {needed}; shorten the question, or "
+                "lower max-turn-tokens or max-turns"
+            )

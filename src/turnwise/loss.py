@@ -1,0 +1,81 @@
+"""The clipped policy-gradient loss, its pieces as pure functions of flat tensors of trained tokens."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """What a loss is made of, each a scalar summed with the token weights."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    """Estimated divergence from the reference policy, nats per token; 0 without one."""
+    clipped: torch.Tensor
+    """Share of tokens whose ratio the clip holds."""
+    shift: torch.Tensor
+    """Estimated divergence from the policy that sampled, nats per token."""
+
+
+def clipped_surrogate(
+    ratio: torch.Tensor, advantages: torch.Tensor, *, clip_low: float, clip_high: float
+) -> torch.Tensor:
+    """The pessimistic objective per token.
+
+        min( ρ A,  clip(ρ, 1 − low, 1 + high) A )
+
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7; separate bounds as in arXiv 2503.14476.
+    """
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def reference_kl(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+    """An estimate per token of KL(π‖π_ref) that is never negative.
+
+        exp(ref − policy) − (ref − policy) − 1
+
+    Schulman 2020 ("k3"); used by GRPO, arXiv 2402.03300, eq. 4.
+    """
+    delta = ref_logprobs - policy_logprobs
+    return delta.exp() - delta - 1
+
+
+def policy_loss(
+    policy_logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ref_logprobs: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> LossParts:
+    """The loss over (N,) trained tokens.
+
+        − Σ w · [ min(ρ A, clip(ρ) A) − β KL ],    ρ = exp(policy − sampling)
+
+    `weights` carry the aggregation: 1 / (rollouts × tokens of the rollout) is GRPO's mean of per-rollout means.
+    """
+    ratio = (policy_logprobs - sampling_logprobs).exp()
+    surrogate = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
+    zero = policy_logprobs.new_zeros(())
+    kl = (weights * reference_kl(policy_logprobs, ref_logprobs)).sum() if ref_logprobs is not None else zero
+    held = (ratio * advantages > surrogate).float()
+    shift = reference_kl(sampling_logprobs, policy_logprobs)
+    return LossParts(
+        loss=-(weights * surrogate).sum() + kl_coef * kl,
+        kl=kl.detach(),
+        clipped=(weights * held).sum().detach(),
+        shift=(weights * shift).sum().detach(),
+    )
+
+
+def rollout_mean_weights(loss_mask: torch.Tensor, num_rollouts: int) -> torch.Tensor:
+    """Weights (B, T) for the mean over rollouts of each rollout's mean over its trained tokens (GRPO, arXiv 2402.03300).
+
+    `num_rollouts` counts all rollouts of the step, so that micro-batches add up to the step's loss.
+    """
+    counts = loss_mask.sum(1, keepdim=True).clamp(min=1)
+    return loss_mask / (counts * num_rollouts)

@@ -1,0 +1,161 @@
+"""The report of one or more runs as a single HTML page that asks nothing of the network.
+
+The page is readable without its script, which adds the pointer's readout and the choice of a group.
+A content security policy names that script by its hash, so no text from a rollout could run.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from turnwise.errors import InputError, RunError
+from turnwise.report import curves, transcripts
+from turnwise.report.data import Run
+from turnwise.report.tables import (
+    COLUMNS,
+    Cell,
+    Row,
+    estimator_order,
+    estimator_title,
+    paper_table,
+    percent,
+    table_notes,
+)
+from turnwise.report.text import escaped, one_line
+
+METHODS = {
+    "grpo-or": "is paid for the outcome alone. Every turn gets the same advantage.",
+    "grpo-mr": "adds the turns’ rewards to the outcome. Every turn still gets the same advantage.",
+    "mt-grpo": "credits every turn for its own reward and for what follows from it.",
+}
+
+
+def write_report(runs: Sequence[Run], out: str | Path) -> Path:
+    """Write the page about `runs` to the file `out`, whole or not at all; returns its path.
+
+    Raises InputError without runs, RunError where the file cannot be written.
+    """
+    out = Path(out)
+    text = page(runs)
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"{out} must be writable; got {error}; choose another --out") from error
+    return out
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page as text."""
+    if not runs:
+        raise InputError("a report needs at least one run; got none; give run directories")
+    charts, shown = curves.charts(runs), transcripts.groups(runs)
+    script = _resource("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return Template(_resource("page.html")).substitute(
+        digest=digest,
+        style=_resource("page.css"),
+        script=script,
+        data=embedded_json(curves.hover_data(charts)),
+        overview=escaped(_overview(runs)),
+        methods=_methods(runs),
+        tables=_tables(paper_table(runs), curves.styles(runs)),
+        notes=_notes(table_notes(runs)),
+        charts=curves.figures(charts) or "<p>No metric of these runs has a chart.</p>",
+        rollouts=transcripts.section(shown) if shown else "<p>These runs recorded no rollouts.</p>",
+        scope=escaped(_scope(runs, shown)),
+    )
+
+
+def embedded_json(value: Any) -> str:
+    """`value` as JSON that is safe between script tags: no <, > or & can stand in it."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _resource(name: str) -> str:
+    return (resources.files("turnwise.report") / name).read_text(encoding="utf-8")
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    methods = ", ".join(estimator_title(name) for name in estimator_order(runs))
+    last = max(run.lines[-1].step for run in runs)
+    text = f"{_count(len(runs), 'run')} of {methods}, up to step {last}"
+    tasks, size = ({run.config.get(n) for run in runs} for n in ("tasks_per_step", "group_size"))
+    if len(tasks) == len(size) == 1 and None not in tasks | size:
+        text += f"; each step takes {tasks.pop()} questions, {size.pop()} rollouts of each"
+    return f"{text}."
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _methods(runs: Sequence[Run]) -> str:
+    items = "".join(
+        f"<div><dt>{curves.swatch(style)}{escaped(estimator_title(name))}</dt>"
+        f"<dd>{METHODS.get(name, 'is described in the documentation of its estimator.')}</dd></div>"
+        for name, style in curves.styles(runs).items()
+    )
+    return f'<dl class="methods">{items}</dl>'
+
+
+def _tables(rows: Sequence[Row], styles: dict[str, int]) -> str:
+    if not rows:
+        return "<p>These runs have neither validation nor evaluation results.</p>"
+    out = []
+    for population in dict.fromkeys(row.population for row in rows):
+        caption = escaped(one_line(population).capitalize())
+        head = "".join(f'<th scope="col">{escaped(title)}</th>' for title in COLUMNS.values())
+        body = "".join(
+            f'<tr><th scope="row">{curves.swatch(styles[r.estimator])}{escaped(r.title)}</th>'
+            f'<td class="seeds">{len(r.seeds)}</td>'
+            f"{''.join(_cell(r.cells[m], m, styles[r.estimator]) for m in COLUMNS)}</tr>"
+            for r in rows
+            if r.population == population
+        )
+        out.append(
+            f'<div class="scroll"><table class="results"><caption>{caption}</caption><thead><tr>'
+            f'<th scope="col">Method</th><th scope="col">Seeds</th>{head}'
+            f"</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+    return "".join(out)
+
+
+def _cell(cell: Cell | None, metric: str, style: int) -> str:
+    name = escaped(COLUMNS[metric])
+    if cell is None:
+        return f'<td data-label="{name}"><span class="num">–</span></td>'
+    low, mean, high = (min(100.0, max(0.0, 100 * v)) for v in (cell.low, cell.mean, cell.high))
+    spread = f"{percent(cell.low)} to {percent(cell.high)}" if cell.num_runs > 1 else "one run"
+    return (
+        f'<td data-label="{name}"><span class="num">{percent(cell.mean)}</span>'
+        f'<svg class="bar s{style}" viewBox="-3 0 106 8" aria-hidden="true">'
+        f'<path class="track" d="M0 4H100"/><path class="spread" d="M{low:.1f} 4H{high:.1f}"/>'
+        f'<circle cx="{mean:.1f}" cy="4" r="3"/></svg>'
+        f'<span class="spread">{spread}</span></td>'
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{escaped(note)}</li>" for note in notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def _scope(runs: Sequence[Run], shown: Sequence[transcripts.Group]) -> str:
+    """Which of the recorded rollouts the page holds."""
+    kept = sum(min(len(g.lines), transcripts.MAX_GROUP) for g in shown)
+    recorded = sum(len(run.rollouts) for run in runs)
+    if not recorded:
+        return ""
+    text = f"The page holds {_count(kept, 'rollout')} from the first, middle and last recorded step"
+    return f"{text} ({recorded} were recorded there)." if recorded > kept else f"{text}."

@@ -1,0 +1,247 @@
+"""Rewards of a rollout: named components per turn and for the outcome.
+
+The built-in components are those of arXiv 2505.11821 (version 1, and appendix E of version 2), with
+its constants as `PAPER_WEIGHTS`. Each lies in [0, 1] before its weight. A user's own are functions
+in a Python file, named `turn_...` or `outcome_...`.
+"""
+
+import dataclasses
+import inspect
+import math
+import numbers
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from turnwise import metrics
+from turnwise.errors import ConfigError, InputError, unknown_name
+from turnwise.tools import load_module, public_functions
+from turnwise.types import Rollout, Task, Turn
+
+RewardFunction = Callable[[Task, Rollout], Any]
+"""A user's `turn_...` function gives one number or None per turn, an `outcome_...` one number."""
+
+PAPER_WEIGHTS: Mapping[str, float] = {
+    "tool_execution": 0.2,
+    "answer_in_results": 0.5,
+    "answer_presence": 0.5,
+    "exact_match": 1.0,
+    "xml_format": 0.2,
+    "tag_usage": 0.2,
+}
+"""The paper's six components and what each is worth; the first two belong to turns."""
+
+_WRITTEN_TAGS = ("reasoning", "tool", "answer")
+_TURN_PREFIX, _OUTCOME_PREFIX = "turn_", "outcome_"
+
+
+def score(
+    task: Task,
+    rollout: Rollout,
+    weights: Mapping[str, float] = PAPER_WEIGHTS,
+    *,
+    functions: Mapping[str, RewardFunction] | None = None,
+    definition: metrics.Definition = "squad",
+) -> Rollout:
+    """The rollout with its rewards: weight times value for every component of a nonzero weight.
+
+    `functions` are a user's own, of weight 1 unless `weights` has their name; a built-in component
+    that `weights` does not name is left out. `definition` is that of exact match. A rollout that
+    stopped with `error` gets no rewards, since what it would have earned is unknown; one that was
+    cut off is scored as it stands. Raises ConfigError for an unknown component.
+    """
+    functions = functions or {}
+    kept = _weights(weights, functions)
+    if rollout.stop == "error":
+        return dataclasses.replace(rollout, turn_rewards=(), outcome_rewards={})
+    by_turn: dict[str, Sequence[float | None]] = {
+        "tool_execution": [tool_execution(turn) for turn in rollout.turns],
+        "answer_in_results": [answer_in_results(turn, task.answers) for turn in rollout.turns],
+    }
+    outcome = {
+        "answer_presence": answer_presence(task, rollout),
+        "exact_match": exact_match(task, rollout, definition),
+        "xml_format": xml_format(rollout),
+        "tag_usage": tag_usage(rollout),
+    }
+    for name, function in functions.items():
+        if name not in kept:
+            continue
+        if name.startswith(_TURN_PREFIX):
+            by_turn[name] = _turn_values(name, function, task, rollout)
+        else:
+            outcome[name] = _outcome_value(name, function, task, rollout)
+    return dataclasses.replace(
+        rollout,
+        turn_rewards=tuple(
+            {
+                name: kept[name] * value
+                for name, values in by_turn.items()
+                if name in kept and (value := values[k]) is not None
+            }
+            for k in range(len(rollout.turns))
+        ),
+        outcome_rewards={name: kept[name] * v for name, v in outcome.items() if name in kept},
+    )
+
+
+def _weights(
+    weights: Mapping[str, float], functions: Mapping[str, RewardFunction]
+) -> dict[str, float]:
+    """The nonzero weights, the functions' included."""
+    for name, weight in weights.items():
+        if name not in PAPER_WEIGHTS and name not in functions:
+            raise unknown_name("a reward component", name, [*PAPER_WEIGHTS, *functions])
+        if not math.isfinite(weight):
+            raise ConfigError(
+                f"the weight of {name} must be finite; got {weight}; give 0 to leave it out"
+            )
+    return {n: w for n, w in {**dict.fromkeys(functions, 1.0), **weights}.items() if w != 0}
+
+
+# ---------------------------------------------------------------- components of a turn
+
+
+def tool_execution(turn: Turn) -> float | None:
+    """1 where the turn's call was executed without error, 0 where it was not, None without a call.
+
+    A call that could not be read, or that came in the last granted turn, counts as not executed.
+    """
+    if turn.action.tool_call is None and turn.action.error is None:
+        return None
+    return float(turn.result is not None and turn.result.error is None)
+
+
+def answer_in_results(turn: Turn, golds: Sequence[str]) -> float | None:
+    """1 where an accepted answer occurs in what the turn's call returned; None without a call.
+
+    A failed call gives 0, whatever its error text says.
+    """
+    executed = tool_execution(turn)
+    if not executed or turn.result is None:
+        return executed
+    return metrics.answer_presence(turn.result.text, golds)
+
+
+# ----------------------------------------------------------- components of the outcome
+
+
+def answer_presence(task: Task, rollout: Rollout) -> float:
+    """1 where an accepted answer occurs in the final answer; 0 without an answer."""
+    if rollout.answer is None:
+        return 0.0
+    return metrics.answer_presence(rollout.answer, task.answers)
+
+
+def exact_match(task: Task, rollout: Rollout, definition: metrics.Definition = "squad") -> float:
+    """1 where the final answer equals an accepted one under `definition`; 0 without an answer."""
+    if rollout.answer is None:
+        return 0.0
+    return metrics.exact_match(rollout.answer, task.answers, definition)
+
+
+def xml_format(rollout: Rollout) -> float:
+    """Mean over the policy's messages of 0.4 presence + 0.2 spacing + 0.2 opening + 0.2 closing.
+
+    * presence: half for a complete reasoning block, half for a complete tool or answer block;
+    * spacing: there is a complete block, and each has its two tags on lines of their own;
+    * opening, closing: the message begins with <reasoning>, and ends with </tool> or </answer>.
+    """
+    return _mean([_message_format(turn.text) for turn in rollout.turns])
+
+
+def _message_format(text: str) -> float:
+    blocks = {tag: re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", text) for tag in _WRITTEN_TAGS}
+    inner = [block for found in blocks.values() for block in found]
+    spaced = [re.fullmatch(r"(?s)[ \t]*\n.*\n[ \t]*", block) is not None for block in inner]
+    presence = (bool(blocks["reasoning"]) + bool(blocks["tool"] or blocks["answer"])) / 2
+    opening = text.strip().startswith("<reasoning>")
+    closing = text.strip().endswith(("</tool>", "</answer>"))
+    return (4 * presence + 2 * (bool(inner) and all(spaced)) + 2 * opening + 2 * closing) / 10
+
+
+def tag_usage(rollout: Rollout) -> float:
+    """Mean over the policy's messages of the share of used tags that open once and close once.
+
+    Of reasoning, tool and answer, those count of which an opening or closing tag occurs; a message
+    that uses none gives 0.
+    """
+    return _mean([_message_tag_usage(turn.text) for turn in rollout.turns])
+
+
+def _message_tag_usage(text: str) -> float:
+    counts = [(text.count(f"<{tag}>"), text.count(f"</{tag}>")) for tag in _WRITTEN_TAGS]
+    return _mean([float(count == (1, 1)) for count in counts if any(count)])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+# --------------------------------------------------------------------- a user's own
+
+
+def load_rewards(path: str | Path) -> dict[str, RewardFunction]:
+    """The reward functions of a Python file, by name; its other functions are its own business.
+
+    `turn_...(task, rollout)` returns a list with a number or None (absent) for every turn,
+    `outcome_...(task, rollout)` a number. The file is executed. Raises InputError where it cannot
+    be, ConfigError where it has no such function or one that does not take two arguments.
+    """
+    functions = {
+        function.__name__: function
+        for function in public_functions(load_module(path))
+        if function.__name__.startswith((_TURN_PREFIX, _OUTCOME_PREFIX))
+    }
+    if not functions:
+        raise ConfigError(
+            f"{path} must define a reward function; got none; write a function named "
+            f"{_TURN_PREFIX}... or {_OUTCOME_PREFIX}... that takes (task, rollout)"
+        )
+    for name, function in functions.items():
+        try:
+            inspect.signature(function).bind(None, None)
+        except TypeError as error:
+            raise ConfigError(
+                f"reward function {name} must take (task, rollout); "
+                f"got {inspect.signature(function)}; change its parameters"
+            ) from error
+    return functions
+
+
+def _turn_values(
+    name: str, function: RewardFunction, task: Task, rollout: Rollout
+) -> list[float | None]:
+    values = _called(name, function, task, rollout)
+    if not isinstance(values, list | tuple) or len(values) != len(rollout.turns):
+        came = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)
+        raise InputError(
+            f"reward function {name} must return one number or None per turn; got {came} for "
+            f"{len(rollout.turns)} turns; return a list as long as rollout.turns"
+        )
+    return [None if value is None else _finite(name, value) for value in values]
+
+
+def _outcome_value(name: str, function: RewardFunction, task: Task, rollout: Rollout) -> float:
+    return _finite(name, _called(name, function, task, rollout))
+
+
+def _called(name: str, function: RewardFunction, task: Task, rollout: Rollout) -> Any:
+    try:
+        return function(task, rollout)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"reward function {name} must not fail; got {type(error).__name__}: {text} on task "
+            f"{task.id}; correct the function"
+        ) from error
+
+
+def _finite(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise InputError(
+            f"reward function {name} must return finite numbers; got {value!r}; "
+            "return a float, or None for a turn without this reward"
+        )
+    return float(value)

@@ -1,0 +1,209 @@
+"""The run directory: everything a run leaves behind, written so that a crash never leaves a torn file as good.
+
+    config.json                 the resolved configuration, before the first step
+    metrics.jsonl               one line per step and split
+    rollouts.jsonl              recorded rollouts with their credit
+    checkpoints/step-000020/    a policy that `transformers` loads, the optimiser, and state.json with checksums
+    best/                       the policy of the best validation so far
+    eval-NAME.json              evaluations
+    report.html
+
+All random draws are functions of the run's seed and the step, so the step is the whole random state.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import turnwise
+from turnwise.config import TrainConfig, config_from_dict, config_to_dict
+from turnwise.errors import RunError
+from turnwise.policy import Policy, save_policy
+
+FORMAT = 1
+KEPT_CHECKPOINTS = 2
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failed write (full disk, no permission) into a RunError that names the path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        if isinstance(error, RunError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"the run directory must be writable and have room; writing {path} failed: {reason}; free space or "
+            "choose another --out; what was written before is kept"
+        ) from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's content in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def create_run(path: Path, config: TrainConfig) -> None:
+    """Makes the directory and writes config.json. Raises RunError where a run is there already."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        used = any(path.iterdir())
+    if used:
+        raise RunError(
+            f"--out must name a new or empty directory; {path} holds files; choose another, or continue the run in it "
+            "with --resume"
+        )
+    write_config(path, config)
+
+
+def write_config(path: Path, config: TrainConfig) -> None:
+    """Writes config.json."""
+    record = {"format": FORMAT, "turnwise": turnwise.__version__, "config": config_to_dict(config)}
+    write_atomically(path / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration of a run."""
+    file = path / "config.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} must be a run directory; its config.json cannot be read ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise RunError(f"{path} must be a run directory; its config.json holds no configuration; name a run")
+    if record.get("format") != FORMAT:
+        raise RunError(
+            f"{file} must have format {FORMAT}; got {record.get('format')!r}; use the version of turnwise that wrote it "
+            f"({record.get('turnwise', 'unknown')})"
+        )
+    return config_from_dict(record["config"], str(file))
+
+
+def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Adds records to a JSON-lines file, all in one write. ASCII, so that any text comes through."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def cut_lines(path: Path, *, after_step: int) -> None:
+    """Drops the records of later steps, and a half-written last line, before a run is continued."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= after_step:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(
+    run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Path:
+    """Writes a checkpoint that a run can continue from, and drops all but the newest few."""
+    folder = checkpoint_folder(run, step)
+    with writing(folder):
+        partial = _fresh(folder.with_name(f".{folder.name}.partial"))
+        save_policy(policy, partial)
+        save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
+        sums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
+        record = {"format": FORMAT, "step": step, "sha256": sums, **state}
+        (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _replace_folder(partial, folder)
+        for old in sorted(folder.parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+    return folder
+
+
+def save_best(run: Path, policy: Policy) -> None:
+    """Writes the policy of the best validation so far."""
+    with writing(run / "best"):
+        partial = _fresh(run / ".best.partial")
+        save_policy(policy, partial)
+        _replace_folder(partial, run / "best")
+
+
+def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest whole checkpoint and its state; damaged ones are passed over, and named if none is whole."""
+    damaged = []
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        fault, state = _checkpoint_state(folder)
+        if state is not None:
+            return folder, state
+        damaged.append(f"{folder.name} ({fault})")
+    what = f"damaged: {', '.join(damaged)}" if damaged else "there is none"
+    raise RunError(f"{run} must hold a whole checkpoint; {what}; start the run anew in another directory")
+
+
+def _checkpoint_state(folder: Path) -> tuple[str, dict[str, Any] | None]:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            return f"format {state['format']!r}, not {FORMAT}", None
+        for name, expected in state["sha256"].items():
+            if _checksum(folder / name) != expected:
+                return f"{name} has changed", None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}", None
+    return "", state
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Puts a checkpoint's optimiser state into a fresh optimiser of the same parameters."""
+    try:
+        tensors = load_file(folder / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} must hold the optimiser's state; it cannot be read ({error})") from error
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _replace_folder(partial: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,195 @@
+"""A small HTTP server over a search index, which also speaks Search-R1's retrieval format.
+
+    GET  /search?q=capital+of+Kenya&k=3   {"query": ..., "hits": [{"id", "title", "text", "score"}]}
+    POST /retrieve                        {"queries": [...], "topk": 3, "return_scores": true}
+    GET  /health                          {"status": "ok", "articles": 1000}
+
+`/retrieve` answers `{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}`, one list
+a query, and without `return_scores` the documents alone; `contents` is the quoted title, a newline
+and the text (the format of `search_r1/search/retrieval_server.py` and of the corpora it serves).
+Errors are `{"error": ...}` with status 400, 404, 405, 413 or 500.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from turnwise.errors import ConfigError, RunError
+from turnwise.search.corpus import joined_contents
+from turnwise.search.index import Hit, SearchIndex
+
+DEFAULT_PORT = 8765
+MAX_BODY_BYTES = 1_000_000
+MAX_QUERIES = 1024
+MAX_K = 100
+
+logger = logging.getLogger(__name__)
+
+
+class RequestError(Exception):
+    """A request that cannot be answered, with its HTTP status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def serve_search(
+    index: SearchIndex, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, k: int = 3
+) -> None:
+    """Answers searches until interrupted; RunError where the port cannot be had."""
+    with search_server(index, host=host, port=port, k=k) as server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            logger.info("search server stopped")
+
+
+def search_server(
+    index: SearchIndex, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, k: int = 3
+) -> ThreadingHTTPServer:
+    """The server of `serve_search`, bound but not yet running; port 0 takes any free one.
+
+    `k` is the number of hits where a request names none.
+    """
+    if not 1 <= k <= MAX_K:
+        raise ConfigError(f"k must be between 1 and {MAX_K}; got {k}; give the number of hits")
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port must be between 0 and 65535; got {port}; 0 takes any free one")
+
+    class Handler(_Handler):
+        pass
+
+    Handler.index, Handler.k = index, k
+    try:
+        server = ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise RunError(
+            f"the search server must be able to listen on {host}:{port}; got {error.strerror}; "
+            "choose another port"
+        ) from error
+    server.daemon_threads = True
+    return server
+
+
+# --------------------------------------------------------------------------- what is answered
+
+
+def retrieve_answer(index: SearchIndex, request: Any, default_k: int) -> dict[str, Any]:
+    """The answer to the JSON body of `POST /retrieve`; RequestError where it is malformed."""
+    if not isinstance(request, dict):
+        raise RequestError(400, "the body must be a JSON object with 'queries'")
+    queries = request.get("queries")
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+        raise RequestError(400, "field 'queries' must be a list of strings")
+    if len(queries) > MAX_QUERIES:
+        raise RequestError(400, f"field 'queries' must hold at most {MAX_QUERIES}")
+    with_scores = request.get("return_scores", False)
+    if not isinstance(with_scores, bool):
+        raise RequestError(400, "field 'return_scores' must be true or false")
+    k = _checked_k(request.get("topk") or default_k, "field 'topk'")
+    found = [index.search(query, k) for query in queries]
+    return {"result": [[_entry(hit, with_scores) for hit in hits] for hits in found]}
+
+
+def search_answer(index: SearchIndex, query_string: str, default_k: int) -> dict[str, Any]:
+    """The answer to `GET /search`; RequestError where `q` is missing or `k` is no number."""
+    fields = parse_qs(query_string)
+    if "q" not in fields:
+        raise RequestError(400, "parameter 'q' must be given: /search?q=words&k=3")
+    given = fields.get("k", [str(default_k)])[-1]
+    k = _checked_k(int(given) if given.isdecimal() else given, "parameter 'k'")
+    hits = index.search(fields["q"][-1], k)
+    return {"query": fields["q"][-1], "hits": [asdict(hit) for hit in hits]}
+
+
+def _entry(hit: Hit, with_score: bool) -> dict[str, Any]:
+    document = {"id": hit.id, "contents": joined_contents(hit)}
+    return {"document": document, "score": hit.score} if with_score else document
+
+
+def _checked_k(value: object, name: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_K:
+        return value
+    raise RequestError(400, f"{name} must be a whole number from 1 to {MAX_K}")
+
+
+# ------------------------------------------------------------------------------------- HTTP
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Reads a request, answers with JSON."""
+
+    index: SearchIndex
+    k: int
+    protocol_version = "HTTP/1.1"
+    server_version = "turnwise"
+    timeout = 60
+
+    def do_GET(self) -> None:
+        self._respond(self._get)
+
+    def do_POST(self) -> None:
+        self._respond(self._post)
+
+    def _get(self) -> dict[str, Any]:
+        url = urlsplit(self.path)
+        if url.path == "/health":
+            return {"status": "ok", "articles": len(self.index)}
+        if url.path == "/search":
+            return search_answer(self.index, url.query, self.k)
+        if url.path == "/retrieve":
+            raise RequestError(405, "/retrieve must be called with POST")
+        raise RequestError(404, "unknown path; known: /search, /retrieve, /health")
+
+    def _post(self) -> dict[str, Any]:
+        body = self._body()
+        path = urlsplit(self.path).path
+        if path in ("/search", "/health"):
+            raise RequestError(405, f"{path} must be called with GET")
+        if path != "/retrieve":
+            raise RequestError(404, "unknown path; known: /search, /retrieve, /health")
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(400, "the body must be JSON") from error
+        return retrieve_answer(self.index, request, self.k)
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            self.close_connection = True
+            raise RequestError(400, "header Content-Length must give the body's size in bytes")
+        if int(length) > MAX_BODY_BYTES:
+            self.close_connection = True
+            raise RequestError(413, f"the body must hold at most {MAX_BODY_BYTES} bytes")
+        return self.rfile.read(int(length))
+
+    def _respond(self, answer: Any) -> None:
+        try:
+            status, content = 200, answer()
+        except RequestError as error:
+            status, content = error.status, {"error": str(error)}
+        except Exception:
+            logger.exception("search request failed: %s", self.path)
+            status, content = 500, {"error": "the search failed; the server's log says why"}
+        body = json.dumps(content).encode()
+        try:
+            self._send(status, body)
+        except ConnectionError:
+            self.close_connection = True  # the client has gone; nobody waits for the rest
+
+    def _send(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)

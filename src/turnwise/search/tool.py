@@ -1,0 +1,104 @@
+"""The agent's search tool, over an index in this process or over a search server."""
+
+import asyncio
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from turnwise.errors import ConfigError, ToolError
+from turnwise.search.corpus import ArticleLike, article_from_record
+from turnwise.search.index import SearchIndex
+from turnwise.tools import Tool, tool
+
+RESULT_CAP = 2000
+"""Most characters of a search result, by default: about three passages of 100 words."""
+NO_RESULTS = "No results."
+_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
+
+def search_tool(index: SearchIndex, *, k: int = 1, cap: int = RESULT_CAP) -> Tool:
+    """A tool `search(query)` whose result is the `k` best articles in at most `cap` characters."""
+    _check_k(k)
+
+    def search(query: str) -> str:
+        """Looks up articles by keywords and returns the best match."""
+        return hits_text(index.search(query, k))
+
+    return tool(search, result_cap=cap)
+
+
+def remote_search_tool(
+    url: str, *, k: int = 1, timeout_s: float = 10.0, cap: int = RESULT_CAP
+) -> Tool:
+    """The same tool over a search server: `turnwise serve-search`, or Search-R1's.
+
+    `url` is the server's address, with or without `/retrieve`. A server that fails, is too slow or
+    answers anything else than articles is an error result for the agent, never an empty one.
+    """
+    _check_k(k)
+    address = _retrieve_url(url)
+
+    async def search(query: str) -> str:
+        """Looks up articles by keywords and returns the best match."""
+        return hits_text(await asyncio.to_thread(_retrieved, address, query, k, timeout_s))
+
+    return tool(search, result_cap=cap)
+
+
+def hits_text(hits: Sequence[ArticleLike]) -> str:
+    """Articles as the agent reads them: title and text on lines of their own, several numbered."""
+    blocks = [f"{hit.title}\n{hit.text}" if hit.title else hit.text for hit in hits]
+    if len(blocks) > 1:
+        blocks = [f"{number}. {block}" for number, block in enumerate(blocks, start=1)]
+    return "\n\n".join(blocks) or NO_RESULTS
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ConfigError(f"k of the search tool must be >= 1; got {k}; give the number of hits")
+
+
+def _retrieve_url(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"a search server's URL must begin with http:// or https://; got {url!r}; "
+            "write for example http://127.0.0.1:8765"
+        )
+    base = url.rstrip("/")
+    return base if base.endswith("/retrieve") else f"{base}/retrieve"
+
+
+def _retrieved(url: str, query: str, k: int, timeout_s: float) -> list[ArticleLike]:
+    """A server's articles for a query; ToolError where it has none to give."""
+    body = json.dumps({"queries": [query], "topk": k, "return_scores": True}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    local = urllib.parse.urlsplit(url).hostname in _LOCAL_HOSTS
+    handlers = [urllib.request.ProxyHandler({})] if local else []
+    try:
+        with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
+            answer = json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise ToolError(f"the search server answered with status {error.code}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise ToolError(f"the search server gave no answer ({reason})") from error
+    return _articles(answer)
+
+
+def _articles(answer: Any) -> list[ArticleLike]:
+    """The articles in a retrieval server's answer to one query."""
+    try:
+        (entries,) = answer["result"]
+        documents = [entry.get("document", entry) for entry in entries]
+        return [
+            article_from_record({"id": number, **document}, "the server's answer")
+            for number, document in enumerate(documents)
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ToolError("the search server's answer holds no list of articles") from error

@@ -1,0 +1,96 @@
+"""The tag protocol of arXiv 2505.11821: reasoning, tool, result and answer.
+
+A message of the policy holds a reasoning block and then either a tool block or an answer block,
+each tag on its own line. What a tool returns comes back in a result block, in a user message.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+
+from turnwise.tools import Tool, type_text
+from turnwise.types import Action, ToolCall, ToolResult
+
+TAGS = ("reasoning", "tool", "result", "answer")
+"""The protocol's tags; `result` is the environment's."""
+
+_REASONING = re.compile(r"<reasoning>(.*?)</reasoning>", re.S)
+_ANY_TAG = re.compile(rf"<(\s*/?\s*(?:{'|'.join(TAGS)})\s*)>", re.I)
+_FORM = '{"name": ..., "args": {...}}'
+
+
+def system_prompt(tools: Mapping[str, Tool]) -> str:
+    """The rules of the protocol and the tools, one line of JSON each."""
+    listed = "\n".join(_tool_line(tool) for tool in tools.values())
+    return (
+        f"Tools:\n{listed}\n"
+        "Work in five steps, in this order:\n"
+        "1. think in <reasoning>\n"
+        '2. call one tool, once, in <tool>: JSON {"name": ..., "args": {...}}\n'
+        "3. read its <result>\n"
+        "4. think in <reasoning>\n"
+        "5. give a short answer in <answer>\n"
+        "Close every tag. If the result does not help, answer from what you know."
+    )
+
+
+def _tool_line(tool: Tool) -> str:
+    """A tool as one line of JSON: name, description, and each argument's type."""
+    args = {name: _argument_text(schema) for name, schema in tool.parameters["properties"].items()}
+    line = {"name": tool.name, "description": tool.description, "args": args}
+    return json.dumps(line, ensure_ascii=False)
+
+
+def _argument_text(schema: dict) -> str:
+    default = json.dumps(schema["default"], default=str) if "default" in schema else None
+    return type_text(schema) + (f", default {default}" if default else "")
+
+
+def parse(text: str) -> Action:
+    """What the policy's message says; never raises.
+
+    The text inside complete reasoning blocks is not looked at. Of the first tool block and the
+    first complete answer block, the one that opens first counts. A tool block that is not closed,
+    or does not hold JSON with a name and an args object, gives `error`; an answer that is not
+    closed is none.
+    """
+    first = _REASONING.search(text)
+    reasoning = first[1].strip() if first else None
+    acting = _REASONING.sub(" ", text)
+    answer = re.search(r"<answer>(.*?)</answer>", acting, re.S)
+    tool_at = acting.find("<tool>")
+    if answer and not 0 <= tool_at < answer.start():
+        return Action(reasoning=reasoning, answer=answer[1].strip())
+    if tool_at < 0:
+        return Action(reasoning=reasoning)
+    call, error = _tool_call(acting[tool_at + len("<tool>") :])
+    return Action(reasoning=reasoning, tool_call=call, error=error)
+
+
+def _tool_call(rest: str) -> tuple[ToolCall | None, str | None]:
+    """The call in the text that follows a `<tool>`, and why it could not be read."""
+    body, closing, _ = rest.partition("</tool>")
+    if not closing:
+        return None, f"<tool> must be closed by </tool> after {_FORM}"
+    try:
+        data = json.loads(body)
+        # The call is written to files and tokenised: no NaN, no infinity, no lone surrogates.
+        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None, f"the text in <tool> must be JSON of the form {_FORM}"
+    if not isinstance(data, dict):
+        return None, f"the JSON in <tool> must be an object of the form {_FORM}"
+    name, args = data.get("name"), data.get("args")
+    if not isinstance(name, str):
+        return None, f'"name" in <tool> must be a tool\'s name, as in {_FORM}'
+    if not isinstance(args, dict):
+        return ToolCall(name=name, arguments=None), f'"args" in <tool> must be an object: {_FORM}'
+    return ToolCall(name=name, arguments=args), None
+
+
+def result_text(result: ToolResult) -> str:
+    """The environment's message about a tool call.
+
+    Tags of the protocol inside the tool's text get square brackets, so that they mean nothing.
+    """
+    return "<result>\n" + _ANY_TAG.sub(r"[\1]", result.text) + "\n</result>"

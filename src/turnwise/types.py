@@ -1,0 +1,143 @@
+"""The records that everything else passes around: tasks, messages, turns, rollouts.
+
+Facts are written down when they happen and never re-derived from text. Standard library only.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+Stop = Literal["answer", "no_action", "max_turns", "max_tokens", "error"]
+"""Why a rollout ended. `answer`: the policy gave its final answer. `no_action`: a message with neither a
+tool call nor an answer, which ends the rollout as an answer that is absent. `max_turns`: the last granted
+turn still called a tool. `max_tokens`: a turn or the context was cut off. `error`: the environment failed."""
+TERMINATED: frozenset[str] = frozenset({"answer", "no_action"})
+"""The stops by which a rollout ended itself; every other stop is a truncation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message of a conversation, as text."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One problem: a question, the answers that count as right, and what the reports group by."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    kind: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A tool call as the policy wrote it. `arguments` is None where they could not be read."""
+
+    name: str
+    arguments: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolResult:
+    """What a tool call came to. `error` is None or the error class: `parse`, `unknown_tool`,
+    `bad_arguments`, `exception`."""
+
+    text: str
+    error: str | None = None
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What the policy's message says under the protocol.
+
+    At most one of `answer` and `tool_call` is set; `error` says why a tool call could not be read.
+    """
+
+    reasoning: str | None = None
+    tool_call: ToolCall | None = None
+    answer: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One uninterrupted block of policy tokens, and the environment's reply to it."""
+
+    action_ids: tuple[int, ...]
+    """Sampled token ids, the closing special token included where the policy sampled it."""
+    sampling_logprobs: tuple[float, ...]
+    """Log-probability of each sampled token, nats, under the distribution it was drawn from."""
+    text: str
+    """The sampled tokens as text, without special tokens."""
+    action: Action
+    result: ToolResult | None = None
+    """What the tool returned; None where this turn called none."""
+    reply_ids: tuple[int, ...] = ()
+    """Token ids that the environment appended after this turn (never sampled)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One finished run of a task: its turns in order, and how it ended."""
+
+    task_id: str
+    group: int
+    """Which group of the step this rollout belongs to."""
+    prompt_ids: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    stop: Stop
+    policy_version: int = 0
+    error: str | None = None
+    """With stop `error`: the exception's class and text."""
+    turn_rewards: tuple[Mapping[str, float], ...] = ()
+    """Named reward components of each turn; a component that a turn does not have is absent, not 0."""
+    outcome_rewards: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def terminated(self) -> bool:
+        """Whether the rollout ended itself; otherwise a budget or a failure cut it off."""
+        return self.stop in TERMINATED
+
+    @property
+    def answer(self) -> str | None:
+        """The final answer, or None where the rollout gave none."""
+        return self.turns[-1].action.answer if self.turns else None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(t.action_ids) + len(t.reply_ids) for t in self.turns)
+
+    def to_json(self) -> str:
+        """The rollout as one line of ASCII JSON; `rollout_from_json` reads it back equal."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def rollout_from_json(line: str) -> Rollout:
+    """The rollout that `Rollout.to_json` wrote."""
+    data = json.loads(line)
+    turns = tuple(_turn(t) for t in data.pop("turns"))
+    data["prompt_ids"] = tuple(data["prompt_ids"])
+    data["turn_rewards"] = tuple(data["turn_rewards"])
+    return Rollout(turns=turns, **data)
+
+
+def _turn(data: dict[str, Any]) -> Turn:
+    action = data.pop("action")
+    call = action.pop("tool_call")
+    result = data.pop("result")
+    for name in ("action_ids", "sampling_logprobs", "reply_ids"):
+        data[name] = tuple(data[name])
+    return Turn(
+        action=Action(tool_call=ToolCall(**call) if call else None, **action),
+        result=ToolResult(**result) if result else None,
+        **data,
+    )

@@ -1,0 +1,544 @@
+"""The starting checkpoint: a tiny policy taught from demonstrations to behave like a base model.
+
+Two phases on the atlas's training entities and on invented ones. *Skills*: copying repeated random tokens, writing
+a call for the entity asked about, reading the asked value out of an article, answering a known share of the
+training entities by heart. *Habits*: the same dialogues with a base model's faults mixed in at fixed rates, so that
+reinforcement has something to select among. Held-out entities appear in neither phase, nor in the tokenizer's text.
+"""
+
+import dataclasses
+import functools
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from turnwise import atlas
+from turnwise.atlas.world import hash_rank
+from turnwise.batch import Row, micro_batches
+from turnwise.chat import SPECIALS, BPETokenizer, Chat
+from turnwise.policy import Policy, save_policy, tiny_policy, token_logprobs
+from turnwise.search import open_index, search_tool
+from turnwise.tags import parse, result_text, system_prompt
+from turnwise.tools import Tool, call_tool, error_result
+from turnwise.types import Message
+
+VOCAB_SIZE = 1024
+REPEATED_PIECES = 160
+"""How many vocabulary entries the easier repetitions draw from."""
+REPEATED_LENGTH = 64
+
+CALL_THOUGHTS = ("I need to look this up.", "I will search for it.", "Let me search first.")
+DIRECT_THOUGHTS = ("I know this.", "I remember it.", "This is known to me.")
+READ_THOUGHTS = ("The result says it.", "I found it.", "It is in the result.")
+FAILED_THOUGHTS = ("The search failed.", "No result, so I guess.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Habits:
+    """How often the starting policy does what, as probabilities."""
+
+    calls: float = 0.42
+    """Calls the tool (well or badly) rather than answering at once."""
+    malforms: float = 0.4
+    """Of calls: malformed, so that the tool is not executed."""
+    strays: float = 0.15
+    """Of well-formed calls: the query is about something else."""
+    asks_whole: float = 0.15
+    """Of well-formed calls: the query is the question itself."""
+    reads_right: float = 0.4
+    """Of answers from the right article: the value asked for, rather than another one."""
+    recalls_right: float = 0.88
+    """Of answers by heart about known entities: the right value."""
+    untidy: float = 0.12
+    """Of messages: a tag left out or left open."""
+
+
+SKILLS = Habits(
+    calls=0.6,
+    malforms=0.0,
+    strays=0.0,
+    asks_whole=0.12,
+    reads_right=1.0,
+    recalls_right=1.0,
+    untidy=0.0,
+)
+"""The first phase: everything done well."""
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE) -> BPETokenizer:
+    """A byte-level BPE tokenizer: any text can be encoded, and decodes to itself.
+
+    Capitalised words never take the space before them, so that a name has the same tokens after a space,
+    after a quote and at the start of a line, and can be copied. Protocol tags and JSON scaffolding are one
+    piece each; digits go in pairs.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    pieces = Regex(
+        r"</?[a-z]+>\n?"  # a tag, with its line's end
+        r'|\{"name": "|"args": \{|"query": "'  # scaffolding of a call
+        r"| ?\p{Ll}+|\p{Lu}\p{Ll}*|\p{L}+|\p{N}{1,2}|[^\s\p{L}\p{N}]+\n?|\n|\s+?"
+    )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return BPETokenizer(tokenizer)
+
+
+# --- what the demonstrations are about --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One question about one entity, with everything a demonstration may need to say."""
+
+    question: str
+    name: str
+    kind: atlas.Kind
+    relation: str
+    values: dict[str, str]
+    known: bool
+    """Whether the policy is taught the answer by heart."""
+
+    @property
+    def answer(self) -> str:
+        return self.values[self.relation]
+
+
+KNOWN_SHARE = 0.25
+"""The share of training entities whose facts the policy learns by heart."""
+
+
+def is_known(entity: atlas.Entity) -> bool:
+    """Whether the starting policy is taught the entity's facts."""
+    return entity.split == "train" and hash_rank("known", entity.name) / 2**64 < KNOWN_SHARE
+
+
+@dataclass
+class SubjectSource:
+    """Draws subjects: known and unknown training entities, and invented ones."""
+
+    rng: random.Random
+    known: list[atlas.Entity] = field(default_factory=list)
+    unknown: list[atlas.Entity] = field(default_factory=list)
+    pools: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for entity in atlas.entities().values():
+            if entity.split == "train" and entity.values:
+                (self.known if is_known(entity) else self.unknown).append(entity)
+                for relation, value in entity.values.items():
+                    self.pools.setdefault((entity.kind, relation), []).append(value)
+
+    def real(self, entity: atlas.Entity) -> Subject:
+        kind = atlas.kinds()[entity.kind]
+        return self._ask(kind, entity.name, dict(entity.values), is_known(entity))
+
+    def invented(self) -> Subject:
+        kind = self.rng.choice([k for k in atlas.kinds().values() if self._pooled(k)])
+        relations = self._pooled(kind)
+        self.rng.shuffle(relations)
+        kept = relations[: self.rng.randint(min(3, len(relations)), len(relations))]
+        values = {r: self.value(kind.name, r) for r in kept}
+        return self._ask(kind, invented_name(self.rng), values, False)
+
+    def value(self, kind: str, relation: str) -> str:
+        """A plausible value: some entity's, or an invented one of its form."""
+        example = self.rng.choice(self.pools[kind, relation])
+        if self.rng.random() < 0.4:
+            return example
+        if example.isdigit():
+            return str(self.rng.randint(10 ** (len(example) - 1), 10 ** len(example) - 1))
+        return invented_name(self.rng, words=len(example.split()))
+
+    def guess(self, subject: Subject) -> str:
+        """What somebody who does not know would answer: some other entity's value."""
+        return self.rng.choice(self.pools[subject.kind.name, subject.relation])
+
+    def _pooled(self, kind: atlas.Kind) -> list[str]:
+        return [r for r in kind.relations if (kind.name, r) in self.pools]
+
+    def _ask(self, kind: atlas.Kind, name: str, values: dict[str, str], known: bool) -> Subject:
+        relation = self.rng.choice(list(values))
+        template = self.rng.choice(kind.relations[relation].questions)
+        question = template.replace("{name}", name)
+        return Subject(
+            question=question[:1].upper() + question[1:],
+            name=name,
+            kind=kind,
+            relation=relation,
+            values=values,
+            known=known,
+        )
+
+
+def invented_name(rng: random.Random, *, words: int | None = None) -> str:
+    """A name nobody has, of 1 to 3 words."""
+    return " ".join(_invented_word(rng) for _ in range(words or rng.choice((1, 1, 1, 2, 2, 3))))
+
+
+def _invented_word(rng: random.Random) -> str:
+    onsets = (
+        "",
+        "b",
+        "br",
+        "c",
+        "ch",
+        "d",
+        "f",
+        "g",
+        "gr",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "qu",
+        "r",
+        "s",
+    )
+    onsets += ("sh", "st", "t", "th", "tr", "v", "w", "x", "y", "z")
+    nuclei = ("a", "e", "i", "o", "u", "ai", "ea", "ia", "io", "ou", "y")
+    codas = ("", "", "", "l", "m", "n", "nd", "r", "rk", "s", "st", "t", "x", "ck")
+    syllables = rng.choice((1, 2, 2, 3, 3))
+    parts = [rng.choice(onsets) + rng.choice(nuclei) + rng.choice(codas) for _ in range(syllables)]
+    return "".join(parts).capitalize()
+
+
+# --- demonstrations ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """A question and the dialogue about it: the policy's messages, with the replies between them."""
+
+    question: str
+    messages: tuple[str, ...]
+    replies: tuple[str, ...] = ()
+    """One fewer than the messages."""
+
+
+class Demonstrator:
+    """Writes demonstrations about subjects under given habits."""
+
+    def __init__(self, source: SubjectSource, habits: Habits) -> None:
+        self.source = source
+        self.rng = source.rng
+        self.habits = habits
+
+    def about(self, subject: Subject, *, calls: bool) -> Demonstration:
+        """One dialogue: a call and then an answer, or an answer at once."""
+        if not calls:
+            message = self._answer(self.rng.choice(DIRECT_THOUGHTS), self._recalled(subject))
+            return Demonstration(question=subject.question, messages=(message,))
+        if self._happens(self.habits.malforms):
+            return self._failed(subject)
+        return self._called(subject)
+
+    def _happens(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def _called(self, subject: Subject) -> Demonstration:
+        query, about = subject.name, subject
+        if self._happens(self.habits.strays):
+            about = self.source.real(self.rng.choice(self.source.unknown))
+            query = self.rng.choice((about.name, subject.relation.replace("_", " ")))
+        elif self._happens(self.habits.asks_whole):
+            query = subject.question
+        call = {"name": "search", "args": {"query": query}}
+        text = atlas.article_text(about.kind, about.name, about.values, self.rng)
+        value = self._read(subject, about)
+        message = self._call(json.dumps(call, ensure_ascii=False))
+        return Demonstration(
+            question=subject.question,
+            messages=(message, self._answer(self.rng.choice(READ_THOUGHTS), value)),
+            replies=(reply_to(message, search_stub(f"{about.name}\n{text}")),),
+        )
+
+    def _read(self, subject: Subject, about: Subject) -> str:
+        others = [
+            v for r, v in about.values.items() if about is not subject or r != subject.relation
+        ]
+        if about is subject and (not others or self._happens(self.habits.reads_right)):
+            return subject.answer
+        return self.rng.choice(others)
+
+    def _failed(self, subject: Subject) -> Demonstration:
+        broken = self._call(malformed_call(subject, self.rng))
+        answer = self._answer(self.rng.choice(FAILED_THOUGHTS), self._recalled(subject))
+        return Demonstration(
+            question=subject.question,
+            messages=(broken, answer),
+            replies=(reply_to(broken, search_stub()),),
+        )
+
+    def _recalled(self, subject: Subject) -> str:
+        if subject.known and self._happens(self.habits.recalls_right):
+            return subject.answer
+        return self.source.guess(subject)
+
+    def _call(self, call: str) -> str:
+        thought = f"<reasoning>\n{self.rng.choice(CALL_THOUGHTS)}\n</reasoning>\n"
+        if self._happens(self.habits.untidy):
+            thought = self.rng.choice(("", thought.replace("</reasoning>\n", "")))
+        return f"{thought}<tool>\n{call}\n</tool>"
+
+    def _answer(self, thought: str, value: str) -> str:
+        before, after = f"<reasoning>\n{thought}\n</reasoning>\n", "\n</answer>"
+        if self._happens(self.habits.untidy):
+            before, after = self.rng.choice((("", after), (before, ""), (before, "\n</reasoning>")))
+        return f"{before}<answer>\n{value}{after}"
+
+
+def malformed_call(subject: Subject, rng: random.Random) -> str:
+    """The JSON of a tool call with a beginner's mistake in it."""
+    good = json.dumps({"name": "search", "args": {"query": subject.name}}, ensure_ascii=False)
+    name = rng.choice(("lookup", "wiki", "find", subject.kind.name))
+    mistakes = (
+        good[:-1],
+        good[:-2],
+        good.replace("search", name),
+        good.replace('"query"', '"q"'),
+        good.replace('"args": ', '"args", '),
+        good.replace('{"query": ', "").replace("}}", "}"),
+        f"search({subject.name})",
+    )
+    return rng.choice(mistakes)
+
+
+def reply_to(message: str, tools: Mapping[str, Tool]) -> str:
+    """The environment's reply to a message that calls a tool."""
+    action = parse(message)
+    if action.error or action.tool_call is None:
+        return result_text(error_result("parse", action.error or "no tool call"))
+    running = call_tool(tools, action.tool_call)
+    try:
+        running.send(None)
+    except StopIteration as done:
+        return result_text(done.value)
+    raise AssertionError("a demonstration's tool must not wait")
+
+
+@functools.cache
+def _search() -> Tool:
+    return search_tool(open_index("atlas"))
+
+
+def search_stub(article: str = "No results.") -> dict[str, Tool]:
+    """The search tool as the policy is told of it; it finds `article` whatever is asked."""
+    return {"search": dataclasses.replace(_search(), function=lambda query: article)}
+
+
+# --- from demonstrations to rows --------------------------------------------------------------------
+
+
+def demonstration_row(demonstration: Demonstration, chat: Chat, system: tuple[int, ...]) -> Row:
+    """A demonstration in the policy's tokens; the loss is on the policy's messages alone.
+
+    The prompt is the system message, which all demonstrations share.
+    """
+    question = Message(role="user", content=demonstration.question)
+    opening = chat.prompt_ids([question])
+    ids, action = list(opening), [False] * len(opening)
+    for k, message in enumerate(demonstration.messages):
+        said = [*chat.encode_text(message), chat.end_id]
+        ids += said
+        action += [True] * len(said)
+        if k < len(demonstration.replies):
+            reply = chat.reply_ids([Message(role="user", content=demonstration.replies[k])])
+            ids += reply
+            action += [False] * len(reply)
+    return _taught(system, ids, action)
+
+
+def repetition_row(chat: Chat, system: tuple[int, ...], rng: random.Random) -> Row:
+    """A span of random tokens, again and again; the loss is on all but the first time.
+
+    What teaches a small model to copy. Half of the rows draw from a small part of the vocabulary, where it learns
+    faster.
+    """
+    vocabulary = rng.choice((REPEATED_PIECES, chat.tokenizer.vocab_size))
+    span = [rng.randrange(len(SPECIALS), vocabulary) for _ in range(rng.randint(4, 20))]
+    ids = (span * (1 + REPEATED_LENGTH // len(span)))[:REPEATED_LENGTH]
+    return _taught(system, ids, [i > len(span) for i in range(len(ids))])
+
+
+def _taught(system: tuple[int, ...], ids: list[int], action: list[bool]) -> Row:
+    mask = np.array(action, dtype=bool)
+    return Row(
+        prompt_ids=system,
+        ids=tuple(ids),
+        action=mask,
+        loss=mask,
+        sampling_logprobs=np.zeros(len(ids), dtype=np.float32),
+        advantages=mask.astype(np.float32),
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConfig:
+    """What makes the embedded checkpoint."""
+
+    out: Path = Path("runs/warmup")
+    """Folder of the checkpoint to make."""
+    seed: int = 0
+    """Equal seeds make equal checkpoints on one machine."""
+    copy_steps: int = 400
+    """Steps of the first phase: mostly copying."""
+    skill_steps: int = 2000
+    """Steps of the second phase: everything done well."""
+    habit_steps: int = 400
+    """Steps of the third phase: a base model's faults."""
+    rows: int = 96
+    """Sequences in a step."""
+    learning_rate: float = 4e-3
+    """Peak learning rate; the last phase brings it down to a twentieth."""
+    hidden: int = 128
+    """Width of the model."""
+    layers: int = 3
+    """Depth of the model."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What one phase's batches are made of, as shares of a batch; the rest is about invented subjects."""
+
+    repetitions: float
+    known: float
+    unknown: float
+    known_calls: float
+    """Probability of a call about a known entity; others follow the phase's habits."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the warm-up."""
+
+    name: str
+    steps: int
+    habits: Habits
+    mixture: Mixture
+
+
+def phases(config: WarmupConfig) -> tuple[Phase, ...]:
+    """The phases in order."""
+    calls = Habits.calls
+    return (
+        Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15)),
+        Phase("skills", config.skill_steps, SKILLS, Mixture(0.22, 0.4, 0.08, 0.15)),
+        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.28, 0.4, calls)),
+    )
+
+
+def warmup_rows(
+    demonstrator: Demonstrator, mixture: Mixture, chat: Chat, system: tuple[int, ...], count: int
+) -> list[Row]:
+    """One step's sequences."""
+    rng, source = demonstrator.rng, demonstrator.source
+    rows = []
+    for _ in range(count):
+        draw = rng.random() - mixture.repetitions
+        if draw < 0:
+            rows.append(repetition_row(chat, system, rng))
+            continue
+        calls = demonstrator.habits.calls
+        if draw < mixture.known:
+            subject, calls = source.real(rng.choice(source.known)), mixture.known_calls
+        elif draw < mixture.known + mixture.unknown:
+            subject = source.real(rng.choice(source.unknown))
+        else:
+            subject = source.invented()
+        demonstration = demonstrator.about(subject, calls=rng.random() < calls)
+        rows.append(demonstration_row(demonstration, chat, system))
+    return rows
+
+
+def tokenizer_texts(source: SubjectSource, count: int = 6000) -> Iterator[str]:
+    """What the tokenizer is trained on: demonstrations about training and invented entities."""
+    demonstrator = Demonstrator(source, Habits())
+    prompt = system_prompt(search_stub())
+    for i in range(count):
+        real = source.rng.random() < 0.5
+        entity = source.rng.choice(source.known + source.unknown)
+        subject = source.real(entity) if real else source.invented()
+        demonstration = demonstrator.about(subject, calls=i % 2 == 0)
+        yield f"user\n{demonstration.question}"
+        yield from (f"assistant\n{message}" for message in demonstration.messages)
+        yield from (f"user\n{reply}" for reply in demonstration.replies)
+        if i % 20 == 0:
+            yield f"system\n{prompt}"
+
+
+Watch = Callable[[Policy, str, int, float], None]
+"""Called after every step with the policy, the phase's name, the step and the loss in nats per token."""
+
+
+def warm_up(config: WarmupConfig, watch: Watch | None = None) -> Policy:
+    """The starting policy, trained from nothing and written to `config.out`.
+
+    Takes about an hour on two cores with the default configuration.
+    """
+    source = SubjectSource(random.Random(config.seed))
+    chat = Chat(train_tokenizer(tokenizer_texts(source)))
+    policy = tiny_policy(chat, seed=config.seed, hidden=config.hidden, layers=config.layers)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    step = 0
+    for phase in phases(config):
+        for number in range(phase.steps):
+            fall = number / phase.steps if phase.name == "habits" else 0.0
+            rate = config.learning_rate * min(1.0, (step + 1) / 100) * (1 - 0.95 * fall)
+            loss = warmup_step(policy, optimizer, source, phase, config.rows, rate)
+            step += 1
+            if watch:
+                watch(policy, phase.name, step, loss)
+    save_policy(policy, config.out)
+    return policy
+
+
+def warmup_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    source: SubjectSource,
+    phase: Phase,
+    count: int,
+    rate: float,
+) -> float:
+    """One step of maximum likelihood on the demonstrations' policy tokens; the loss, nats per token."""
+    chat = policy.chat
+    system = tuple(chat.message_ids(Message(role="system", content=system_prompt(search_stub()))))
+    rows = warmup_rows(Demonstrator(source, phase.habits), phase.mixture, chat, system, count)
+    tokens = sum(int(row.loss.sum()) for row in rows)
+    total = 0.0
+    for batch in micro_batches(rows, max_tokens=2048, pad_id=chat.pad_id):
+        logprobs, _ = token_logprobs(policy.model, batch, batch.loss)
+        loss = -logprobs.sum() / tokens
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total

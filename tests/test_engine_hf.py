@@ -1,0 +1,557 @@
+import asyncio
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from turnwise.engine import Completion, Sampling
+from turnwise.engines.hf import HFEngine
+from turnwise.engines.sampling import drawn_tokens
+from turnwise.errors import ConfigError, InputError
+
+VOCAB = 50
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+}
+
+
+def tiny(
+    family: str = "qwen3",
+    *,
+    kv_heads: int = 2,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """A random model of two layers; large initial weights, so that nothing it says is flat."""
+    kind, config_kind = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = config_kind(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        attn_implementation=attention,
+    )
+    return kind(config).to(dtype).eval()
+
+
+def prompts(count: int, seed: int = 0, low: int = 1, high: int = 30) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    sizes = random.integers(low, high, count)
+    return [random.integers(1, VOCAB, size).tolist() for size in sizes]
+
+
+def generate_all(
+    engine: HFEngine, items: Sequence[tuple[Sequence[int], Sampling]]
+) -> list[Completion]:
+    """All items at once, each in its own session, released afterwards."""
+
+    async def one(session: int, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        try:
+            return await engine.generate(prompt, sampling, session=session)
+        finally:
+            engine.release(session)
+
+    async def everything() -> list[Completion]:
+        return await asyncio.gather(*(one(i, *item) for i, item in enumerate(items)))
+
+    return asyncio.run(asyncio.wait_for(everything(), 60))
+
+
+def three_turns(
+    engine: HFEngine, count: int, *, max_tokens: int = 6, lockstep: bool = False
+) -> list[list[tuple[list[int], Completion]]]:
+    """`count` sessions of three turns; between turns each gets a ragged reply of its own."""
+    starts = prompts(count, seed=1)
+    histories: list[list[tuple[list[int], Completion]]] = [[] for _ in range(count)]
+
+    async def turn(i: int) -> None:
+        history = histories[i]
+        if history:
+            before, completion = history[-1]
+            reply = prompts(1, seed=100 * i + len(history), high=9)[0]
+            prompt = [*before, *completion.token_ids, *reply]
+        else:
+            prompt = starts[i]
+        sampling = Sampling(max_tokens=max_tokens - i % 3, seed=10 * i + len(history))
+        history.append((prompt, await engine.generate(prompt, sampling, session=i)))
+
+    async def rollout(i: int) -> None:
+        for _ in range(3):
+            await turn(i)
+        engine.release(i)
+
+    async def everything() -> None:
+        if lockstep:
+            for _ in range(3):
+                await asyncio.gather(*(turn(i) for i in range(count)))
+            for i in range(count):
+                engine.release(i)
+        else:
+            await asyncio.gather(*(rollout(i) for i in range(count)))
+
+    asyncio.run(asyncio.wait_for(everything(), 60))
+    return histories
+
+
+def full_logprobs(
+    model: PreTrainedModel, prompt: Sequence[int], drawn: Sequence[int]
+) -> list[float]:
+    """Log-probabilities of `drawn` after `prompt` by one forward pass over everything."""
+    ids = torch.tensor([[*prompt, *drawn]])
+    with torch.no_grad():
+        logprobs = model(ids).logits[0].double().log_softmax(-1)
+    first = len(prompt) - 1
+    return [float(logprobs[first + k, token]) for k, token in enumerate(drawn)]
+
+
+# ---- drawing ----
+
+
+def draw(logits: list[float], temperature: float, uniform: float) -> tuple[int, float]:
+    tokens, logprobs = drawn_tokens(
+        torch.tensor([logits], dtype=torch.float64),
+        torch.tensor([temperature], dtype=torch.float64),
+        torch.tensor([uniform], dtype=torch.float64),
+    )
+    return int(tokens[0]), float(logprobs[0])
+
+
+def test_a_draw_inverts_the_cumulative_distribution():
+    # p = 1/2, 1/4, 1/4: cumulative 0.5, 0.75, 1.
+    logits = [math.log(2), 0.0, 0.0]
+    assert [draw(logits, 1.0, u)[0] for u in (0.0, 0.499, 0.5, 0.749, 0.75, 0.999)] == [
+        0, 0, 1, 1, 2, 2,
+    ]  # fmt: skip
+    assert draw(logits, 1.0, 0.6)[1] == pytest.approx(math.log(0.25))
+
+
+def test_temperature_one_half_squares_the_odds_and_logprobs_follow():
+    # p ∝ 3², 1: 0.9, 0.1.
+    logits = [math.log(3), 0.0]
+    assert draw(logits, 0.5, 0.89) == (0, pytest.approx(math.log(0.9)))
+    assert draw(logits, 0.5, 0.91) == (1, pytest.approx(math.log(0.1)))
+
+
+def test_greedy_takes_the_most_probable_token_with_its_logprob_at_temperature_one():
+    # p = 1/4, 3/4.
+    assert draw([0.0, math.log(3)], 0.0, 0.0) == (1, pytest.approx(math.log(0.75)))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, np.nextafter(1.0, 0.0)])
+def test_a_token_of_probability_zero_is_never_drawn(uniform: float):
+    never = -math.inf
+    token, logprob = draw([never, 0.0, never, 0.1, never], 1.0, uniform)
+    assert token in (1, 3)
+    assert math.isfinite(logprob)
+
+
+def test_the_largest_uniform_stays_in_range_whatever_the_rounding():
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 333)))
+    uniforms = torch.full((500,), float(np.nextafter(1.0, 0.0)), dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        tokens, _ = drawn_tokens(logits.to(dtype), torch.ones_like(uniforms), uniforms)
+        assert int(tokens.max()) == 332
+
+
+# ---- agreement ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kv_heads", "tied"), [(4, True), (2, False), (1, True)])
+def test_greedy_equals_model_generate_alone_and_in_a_batch(family: str, kv_heads: int, tied: bool):
+    model = tiny(family, kv_heads=kv_heads, tied=tied)
+    starts = prompts(7)
+    expected = [
+        model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample=False,
+            max_new_tokens=20,
+            eos_token_id=7,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in starts
+    ]
+    greedy = Sampling(temperature=0, max_tokens=20, seed=0)
+    engine = HFEngine(model, stop_ids={7}, max_context=64)
+    together = generate_all(engine, [(prompt, greedy) for prompt in starts])
+    alone = [generate_all(engine, [(prompt, greedy)])[0] for prompt in starts]
+    assert [list(c.token_ids) for c in together] == expected
+    assert [list(c.token_ids) for c in alone] == expected
+    assert len({tuple(ids) for ids in expected}) > 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sampling_logprobs_agree_with_a_full_forward_pass_over_three_turns(attention: str):
+    model = tiny(dtype=torch.float32, attention=attention)
+    engine = HFEngine(model, stop_ids=(), max_context=128)
+    for history in three_turns(engine, 9):
+        for prompt, completion in history:
+            assert completion.logprobs == pytest.approx(
+                full_logprobs(model, prompt, completion.token_ids), abs=1e-4
+            )
+
+
+def test_a_sampled_completion_is_the_same_alone_and_among_fifty_others():
+    model = tiny()
+    items = [
+        (prompt, Sampling(max_tokens=12 + i % 7, seed=i)) for i, prompt in enumerate(prompts(51))
+    ]
+    engine = HFEngine(model, stop_ids={3}, max_context=64)
+    together = generate_all(engine, items)
+    for i in (0, 17, 50):
+        alone = generate_all(engine, [items[i]])[0]
+        assert alone.token_ids == together[i].token_ids
+        assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-6)
+
+
+def test_seeds_decide_the_draw():
+    engine = HFEngine(tiny(), stop_ids=(), max_context=64)
+    items = [([1, 2, 3], Sampling(max_tokens=20, seed=seed)) for seed in (5, 5, 6, -5)]
+    first, again, other, negative = generate_all(engine, items)
+    assert first == again
+    assert len({first.token_ids, other.token_ids, negative.token_ids}) == 3
+
+
+def test_samples_follow_the_models_distribution():
+    model = tiny(dtype=torch.float32)
+    engine = HFEngine(model, stop_ids=(), max_rows=500, max_context=8)
+    items = [([4, 9], Sampling(max_tokens=1, seed=seed)) for seed in range(2000)]
+    drawn = np.array([c.token_ids[0] for c in generate_all(engine, items)])
+    with torch.no_grad():
+        p = model(torch.tensor([[4, 9]])).logits[0, -1].softmax(-1).numpy()
+    # Standard error of each share is below sqrt(p / 2000); 5 of them, and the seeds are fixed.
+    share = np.bincount(drawn, minlength=VOCAB) / 2000
+    assert (np.abs(share - p) <= 5 * np.sqrt(p / 2000) + 1e-3).all()
+
+
+# ---- finish ----
+
+
+def test_the_stop_token_ends_a_completion_and_is_part_of_it():
+    model = tiny()
+    greedy = Sampling(temperature=0, max_tokens=10, seed=0)
+    free = generate_all(HFEngine(model, stop_ids=(), max_context=64), [([1, 2], greedy)])[0]
+    assert (len(free.token_ids), free.finish) == (10, "length")
+    stop = free.token_ids[4]
+    cut = free.token_ids[: free.token_ids.index(stop) + 1]
+    stopped = generate_all(HFEngine(model, stop_ids=[stop], max_context=64), [([1, 2], greedy)])[0]
+    assert (stopped.token_ids, stopped.finish) == (cut, "stop")
+    assert stopped.logprobs == pytest.approx(free.logprobs[: len(cut)])
+
+
+def test_the_context_bounds_a_completion_and_the_cache_grows_up_to_it():
+    # 200 - 3 = 197 tokens fit.
+    model = tiny(dtype=torch.float32)
+    engine = HFEngine(model, stop_ids=(), max_context=200)
+    completion = generate_all(engine, [([1, 2, 3], Sampling(max_tokens=999, seed=0))])[0]
+    assert (len(completion.token_ids), completion.finish) == (197, "length")
+    assert completion.logprobs == pytest.approx(
+        full_logprobs(model, [1, 2, 3], completion.token_ids), abs=1e-4
+    )
+
+
+# ---- what is fed ----
+
+
+def test_sixteen_rollouts_of_one_prompt_feed_it_once():
+    engine = HFEngine(tiny(), stop_ids=(), max_context=64)
+    one, two = prompts(2, low=20)
+    items = [(p, Sampling(max_tokens=5, seed=i)) for i, p in enumerate([one] * 16 + [two] * 16)]
+    together = generate_all(engine, items)
+    assert engine.stats.prefilled_tokens == len(one) + len(two)
+    assert engine.stats.decoded_tokens == 32 * 5
+    assert engine.stats.decode_steps == 4  # the first token comes from the prefill
+    assert engine.stats.seconds > 0
+    assert len({c.token_ids for c in together[:16]}) > 1
+    assert together[3].token_ids == generate_all(engine, [items[3]])[0].token_ids
+
+
+def test_a_returning_session_feeds_only_the_reply_and_its_last_token():
+    engine = HFEngine(tiny(), stop_ids=(), max_context=64)
+
+    async def rollout() -> None:
+        sampling = Sampling(max_tokens=5, seed=0)
+        first = await engine.generate([1, 2, 3], sampling, session="a")
+        await engine.generate([1, 2, 3, *first.token_ids, 8, 9], sampling, session="a")
+
+    asyncio.run(rollout())
+    # Turn 1: 3. Turn 2: the fifth drawn token, which was never fed, and the reply 8, 9.
+    assert engine.stats.prefilled_tokens == 3 + 1 + 2
+
+
+def test_a_changed_conversation_keeps_the_common_prefix_and_is_right():
+    model = tiny(dtype=torch.float32)
+    engine = HFEngine(model, stop_ids=(), max_context=64)
+    changed = [1, 2, 3, 9, 9]
+
+    async def rollout() -> tuple[Completion, Completion]:
+        await engine.generate([1, 2, 3, 4, 5, 6], Sampling(max_tokens=5, seed=0), session=0)
+        other = await engine.generate(changed, Sampling(max_tokens=5, seed=1), session=0)
+        return other, await engine.generate(changed, Sampling(max_tokens=5, seed=1), session=0)
+
+    other, repeated = asyncio.run(rollout())
+    # 6 at first; then 9, 9; then only the last token of the same prompt again.
+    assert engine.stats.prefilled_tokens == 6 + 2 + 1
+    assert other.token_ids == repeated.token_ids
+    expected = full_logprobs(model, changed, other.token_ids)
+    assert other.logprobs == pytest.approx(expected, abs=1e-4)
+    assert repeated.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+# ---- rows ----
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_more_sessions_than_rows_come_to_the_same_end(rows: int, lockstep: bool):
+    # Lockstep is the hard case: every session comes back only when all have had their turn, so that
+    # idle sessions hold every row while others wait.
+    roomy = three_turns(HFEngine(tiny(), stop_ids={3}, max_context=128), 11)
+    narrow = HFEngine(tiny(), stop_ids={3}, max_rows=rows, max_context=128)
+    histories = three_turns(narrow, 11, lockstep=lockstep)
+    for history, expected in zip(histories, roomy, strict=True):
+        for (prompt, completion), (its_prompt, its_completion) in zip(
+            history, expected, strict=True
+        ):
+            assert prompt == its_prompt
+            assert completion.token_ids == its_completion.token_ids
+
+
+def test_sessions_that_take_turns_are_not_evicted_while_others_wait():
+    engine = HFEngine(tiny(), stop_ids=(), max_rows=4, max_context=128)
+    histories = three_turns(engine, 11)
+    fed = sum(
+        len(history[0][0])
+        + sum(
+            len(after[0]) - len(before[0]) - len(before[1].token_ids) + 1
+            for before, after in pairwise(history)
+        )
+        for history in histories
+    )
+    assert engine.stats.prefilled_tokens == fed
+
+
+def test_holes_in_the_batch_are_closed_without_disturbing_idle_or_active_rows():
+    # Short first turns in the front rows leave holes while the last row decodes 150 tokens; then
+    # the short sessions return. Every log-probability must still be right.
+    model = tiny(dtype=torch.float32)
+    engine = HFEngine(model, stop_ids=(), max_context=256)
+    starts = prompts(6)
+
+    async def short(i: int, long: asyncio.Future) -> list[tuple[list[int], Completion]]:
+        first = await engine.generate(starts[i], Sampling(max_tokens=4, seed=i), session=i)
+        await long
+        prompt = [*starts[i], *first.token_ids, 5]
+        second = await engine.generate(prompt, Sampling(max_tokens=9, seed=i), session=i)
+        return [(starts[i], first), (prompt, second)]
+
+    async def last(long: asyncio.Future) -> list[tuple[list[int], Completion]]:
+        drawn = await engine.generate(starts[5], Sampling(max_tokens=150, seed=5), session=5)
+        long.set_result(None)
+        return [(starts[5], drawn)]
+
+    async def everything() -> list[list[tuple[list[int], Completion]]]:
+        long = asyncio.get_running_loop().create_future()
+        return await asyncio.gather(*(short(i, long) for i in range(5)), last(long))
+
+    histories = asyncio.run(asyncio.wait_for(everything(), 60))
+    for history in histories:
+        for prompt, completion in history:
+            assert completion.logprobs == pytest.approx(
+                full_logprobs(model, prompt, completion.token_ids), abs=1e-4
+            )
+    assert engine.stats.prefilled_tokens == sum(map(len, starts)) + 5 * 2
+    assert engine._row_of == {5: 0, 1: 1, 2: 2, 3: 3, 4: 4, 0: 5}  # 0 and 5 changed places
+
+
+def test_a_cancelled_request_frees_its_row():
+    engine = HFEngine(tiny(), stop_ids=(), max_rows=1, max_context=4096)
+
+    async def scene() -> Completion:
+        endless = asyncio.ensure_future(
+            engine.generate([1], Sampling(max_tokens=4000, seed=0), session="endless")
+        )
+        waiting = asyncio.ensure_future(
+            engine.generate([2], Sampling(max_tokens=4000, seed=0), session="waiting")
+        )
+        next_one = asyncio.ensure_future(
+            engine.generate([3], Sampling(max_tokens=2, seed=0), session="next")
+        )
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert engine.stats.decode_steps > 0
+        endless.cancel()
+        waiting.cancel()
+        results = await asyncio.gather(endless, waiting, next_one, return_exceptions=True)
+        assert [type(r) for r in results[:2]] == [asyncio.CancelledError] * 2
+        return results[2]
+
+    completion = asyncio.run(asyncio.wait_for(scene(), 60))
+    assert len(completion.token_ids) == 2
+    assert engine.stats.decode_steps < 100
+
+
+def test_a_released_request_is_cancelled():
+    engine = HFEngine(tiny(), stop_ids=(), max_context=4096)
+
+    async def scene() -> None:
+        request = asyncio.ensure_future(
+            engine.generate([1], Sampling(max_tokens=4000, seed=0), session=0)
+        )
+        await asyncio.sleep(0)
+        engine.release(0)
+        with pytest.raises(asyncio.CancelledError):
+            await request
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    engine.release("never seen")
+    engine.refresh(1)
+
+
+# ---- failures ----
+
+
+def test_a_failure_in_the_model_reaches_everyone_and_the_engine_recovers():
+    model = tiny()
+    engine = HFEngine(model, stop_ids=(), max_rows=2, max_context=64)
+    items = [([1 + i], Sampling(max_tokens=9, seed=i)) for i in range(5)]
+    expected = generate_all(engine, items)
+
+    async def scene() -> list[BaseException | Completion]:
+        hook = model.get_decoder().norm.register_forward_hook(fail_at_call(3))
+        try:
+            return await asyncio.gather(
+                *(engine.generate(*item, session=i) for i, item in enumerate(items)),
+                return_exceptions=True,
+            )
+        finally:
+            hook.remove()
+
+    results = asyncio.run(asyncio.wait_for(scene(), 60))
+    assert [str(r) for r in results] == ["broken on purpose"] * 5
+    for i in range(5):
+        engine.release(i)
+    assert generate_all(engine, items) == expected
+
+
+def fail_at_call(number: int):
+    calls = iter(range(1, 10_000))
+
+    def hook(*_: object) -> None:
+        if next(calls) >= number:
+            raise RuntimeError("broken on purpose")
+
+    return hook
+
+
+def test_weights_that_are_not_numbers_are_an_error():
+    model = tiny()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[4, 0] = math.nan
+    with pytest.raises(InputError, match="finite"):
+        generate_all(
+            HFEngine(model, stop_ids=(), max_context=64),
+            [([1], Sampling(max_tokens=2, seed=0))],
+        )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [([], "1 to 15"), ([1] * 16, "1 to 15"), ([VOCAB], "in \\[0, 50\\)"), ([-1], "in \\[0")],
+)
+def test_bad_prompts_are_refused_and_leave_nothing_behind(prompt: list[int], says: str):
+    engine = HFEngine(tiny(), stop_ids=(), max_context=16)
+    with pytest.raises(InputError, match=says):
+        asyncio.run(engine.generate(prompt, Sampling(max_tokens=2, seed=0), session=0))
+    engine.refresh(1)
+    longest = generate_all(engine, [([1] * 15, Sampling(max_tokens=2, seed=0))])[0]
+    assert (len(longest.token_ids), longest.finish) == (1, "length")
+
+
+def test_two_requests_of_one_session_at_once_are_refused():
+    engine = HFEngine(tiny(), stop_ids=(), max_context=64)
+
+    async def scene() -> None:
+        sampling = Sampling(max_tokens=5, seed=0)
+        await asyncio.gather(*(engine.generate([1], sampling, session=0) for _ in range(2)))
+
+    with pytest.raises(InputError, match="own session"):
+        asyncio.run(scene())
+
+
+def test_models_that_would_come_out_wrong_are_refused():
+    sliding = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=1, num_key_value_heads=1, sliding_window=4,
+        )
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="sliding_attention"):
+        HFEngine(sliding, stop_ids=(), max_context=64)
+    capped = tiny()
+    capped.config.final_logit_softcapping = 30.0
+    with pytest.raises(ConfigError, match="final_logit_softcapping"):
+        HFEngine(capped, stop_ids=(), max_context=64)
+    with pytest.raises(ConfigError, match="stop_ids"):
+        HFEngine(tiny(), stop_ids=[VOCAB], max_context=64)
+    with pytest.raises(ConfigError, match="max_rows"):
+        HFEngine(tiny(), stop_ids=(), max_rows=0, max_context=64)
+
+
+# ---- new weights ----
+
+
+def test_refresh_forgets_the_old_weights():
+    model, other = tiny(dtype=torch.float32), tiny(dtype=torch.float32, seed=1)
+    engine = HFEngine(model, stop_ids=(), max_context=64)
+    item = ([1, 2, 3, 4], Sampling(max_tokens=6, seed=0))
+    generate_all(engine, [item])
+    model.load_state_dict(other.state_dict())
+    engine.refresh(7)
+    assert engine.policy_version == 7
+    completion = generate_all(engine, [item])[0]
+    assert completion.logprobs == pytest.approx(
+        full_logprobs(other, item[0], completion.token_ids), abs=1e-4
+    )
+
+
+def test_refresh_with_a_session_alive_is_a_bug():
+    engine = HFEngine(tiny(), stop_ids=(), max_context=64)
+    asyncio.run(engine.generate([1], Sampling(max_tokens=2, seed=0), session=0))
+    with pytest.raises(AssertionError, match="1 sessions alive"):
+        engine.refresh(1)
+    engine.release(0)
+    engine.refresh(1)
+
+
+def test_drawing_leaves_the_models_mode_and_gradients_alone():
+    model = tiny().train()
+    engine = HFEngine(model, stop_ids=(), max_context=64)
+    generate_all(engine, [([1, 2], Sampling(max_tokens=3, seed=0))])
+    assert model.training
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
