@@ -18,7 +18,7 @@ from pathlib import Path
 from turnwise.search import Hit, SearchIndex, load_corpus, open_index
 from turnwise.tasks import load_tasks
 
-TITLE_BOOSTS = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
+TITLE_BOOSTS = (0.0, 0.1, 0.25, 0.5, 1.0)
 WORD = re.compile(r"\w+")
 Query = tuple[str, Callable[[Hit], bool]]
 """A query and whether a hit is what it was meant to find."""

@@ -1,10 +1,10 @@
 """Messages to tokens: nothing but the frame is special, and conversations grow by appending."""
 
 import pytest
-from conftest import bpe_backend
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import bpe_backend
 from turnwise.chat import END, PAD, SPECIALS, START, BPETokenizer, ByteTokenizer, Chat, byte_chat, load_chat
 from turnwise.errors import RunError
 from turnwise.types import Message

@@ -202,9 +202,7 @@ def test_with_equal_turns_the_last_advantage_does_not_depend_on_turn_rewards(ste
     groups, turns, outcomes = step
     changed = [[*others[4 * i : 4 * i + len(t) - 1], None] for i, t in enumerate(turns)]
     before, after = table(*step), table(groups, changed, outcomes)
-    assert_allclose(
-        mt_grpo(before).advantages[before.last], mt_grpo(after).advantages[after.last], atol=1e-12
-    )
+    assert_allclose(mt_grpo(before).advantages[before.last], mt_grpo(after).advantages[after.last], atol=1e-12)
 
 
 @few
@@ -213,9 +211,7 @@ def test_mt_grpo_is_its_backward_recursion(step, alpha):
     rows = table(*step)
     credit = mt_grpo(rows, alpha=alpha)
     is_last = np.isin(np.arange(len(rows.rollout)), rows.last)
-    after = np.where(
-        is_last, credit.streams["outcome"].advantage, alpha * np.roll(credit.advantages, -1)
-    )
+    after = np.where(is_last, credit.streams["outcome"].advantage, alpha * np.roll(credit.advantages, -1))
     assert_allclose(credit.advantages, credit.streams["turn"].advantage + after, atol=1e-12)
 
 
@@ -225,9 +221,7 @@ def test_mt_grpo_ignores_positive_affine_maps_of_each_stream(step, scale, shift)
     groups, turns, outcomes = step
     full = [[r or 0.0 for r in t] for t in turns]  # absent and 0 differ under a shift
     whole = [o or 0.0 for o in outcomes]
-    moved = table(
-        groups, [[scale * r + shift for r in t] for t in full], [o / scale - shift for o in whole]
-    )
+    moved = table(groups, [[scale * r + shift for r in t] for t in full], [o / scale - shift for o in whole])
     assert_allclose(
         mt_grpo(moved, eps=1e-12).advantages,
         mt_grpo(table(groups, full, whole), eps=1e-12).advantages,
@@ -237,7 +231,7 @@ def test_mt_grpo_ignores_positive_affine_maps_of_each_stream(step, scale, shift)
 
 def test_grpo_mr_ignores_a_common_map_but_not_one_of_a_single_stream():
     # merged 1 + 0, 0 + 2: the second is better; turn rewards times 4: 4 + 0, 0 + 2: the first is
-    groups, turns, outcomes = PAIR
+    groups, _, outcomes = PAIR
     common = table(groups, [[3.0 + 1, None], [0.0 + 1, None]], [0.0 * 3, 2.0 * 3])
     single = table(groups, [[4.0, None], [0.0, None]], outcomes)
     usual = grpo_mr(table(*PAIR), eps=0.0).advantages
@@ -261,9 +255,7 @@ def test_the_order_of_rollouts_and_the_names_of_groups_change_nothing(step, name
     random.shuffle(order)
     renamed = {g: 7 - 3 * g for g in groups}
     rows = table(*step)
-    shuffled = table(
-        [renamed[groups[i]] for i in order], [turns[i] for i in order], [outcomes[i] for i in order]
-    )
+    shuffled = table([renamed[groups[i]] for i in order], [turns[i] for i in order], [outcomes[i] for i in order])
     parts = np.split(ESTIMATORS[name](rows).advantages, rows.last[:-1] + 1)
     expected = np.concatenate([parts[i] for i in order])
     assert_allclose(ESTIMATORS[name](shuffled).advantages, expected, atol=1e-12)
@@ -284,9 +276,7 @@ def test_advantages_are_finite_and_groups_of_one_get_exactly_zero(step, name, dd
 @pytest.mark.parametrize("eps", [0.0, 1e-4])
 def test_a_group_without_variance_gets_exactly_zero(name: str, size: int, eps: float):
     # 0.1 three times has a floating-point mean that is not 0.1; and a live group stands beside it
-    rows = table(
-        [0] * size + [1, 1], [[0.1, None]] * size + [[1.0, None], [0.0, None]], [0.1] * size + [0.0, 3.0]
-    )
+    rows = table([0] * size + [1, 1], [[0.1, None]] * size + [[1.0, None], [0.0, None]], [0.1] * size + [0.0, 3.0])
     advantages = ESTIMATORS[name](rows, eps=eps).advantages
     assert (advantages[: 2 * size] == 0).all()
     assert (advantages[2 * size :] != 0).any()

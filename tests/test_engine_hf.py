@@ -63,9 +63,7 @@ def prompts(count: int, seed: int = 0, low: int = 1, high: int = 30) -> list[lis
     return [random.integers(1, VOCAB, size).tolist() for size in sizes]
 
 
-def generate_all(
-    engine: HFEngine, items: Sequence[tuple[Sequence[int], Sampling]]
-) -> list[Completion]:
+def generate_all(engine: HFEngine, items: Sequence[tuple[Sequence[int], Sampling]]) -> list[Completion]:
     """All items at once, each in its own session, released afterwards."""
 
     async def one(session: int, prompt: Sequence[int], sampling: Sampling) -> Completion:
@@ -116,9 +114,7 @@ def three_turns(
     return histories
 
 
-def full_logprobs(
-    model: PreTrainedModel, prompt: Sequence[int], drawn: Sequence[int]
-) -> list[float]:
+def full_logprobs(model: PreTrainedModel, prompt: Sequence[int], drawn: Sequence[int]) -> list[float]:
     """Log-probabilities of `drawn` after `prompt` by one forward pass over everything."""
     ids = torch.tensor([[*prompt, *drawn]])
     with torch.no_grad():
@@ -160,7 +156,8 @@ def test_greedy_takes_the_most_probable_token_with_its_logprob_at_temperature_on
     assert draw([0.0, math.log(3)], 0.0, 0.0) == (1, pytest.approx(math.log(0.75)))
 
 
-@pytest.mark.parametrize("uniform", [0.0, 0.5, np.nextafter(1.0, 0.0)])
+# 1.0 is no uniform, but what one times a rounded total could come to.
+@pytest.mark.parametrize("uniform", [0.0, 0.5, np.nextafter(1.0, 0.0), 1.0])
 def test_a_token_of_probability_zero_is_never_drawn(uniform: float):
     never = -math.inf
     token, logprob = draw([never, 0.0, never, 0.1, never], 1.0, uniform)
@@ -210,16 +207,12 @@ def test_sampling_logprobs_agree_with_a_full_forward_pass_over_three_turns(atten
     engine = HFEngine(model, stop_ids=(), max_context=128)
     for history in three_turns(engine, 9):
         for prompt, completion in history:
-            assert completion.logprobs == pytest.approx(
-                full_logprobs(model, prompt, completion.token_ids), abs=1e-4
-            )
+            assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-4)
 
 
 def test_a_sampled_completion_is_the_same_alone_and_among_fifty_others():
     model = tiny()
-    items = [
-        (prompt, Sampling(max_tokens=12 + i % 7, seed=i)) for i, prompt in enumerate(prompts(51))
-    ]
+    items = [(prompt, Sampling(max_tokens=12 + i % 7, seed=i)) for i, prompt in enumerate(prompts(51))]
     engine = HFEngine(model, stop_ids={3}, max_context=64)
     together = generate_all(engine, items)
     for i in (0, 17, 50):
@@ -269,9 +262,7 @@ def test_the_context_bounds_a_completion_and_the_cache_grows_up_to_it():
     engine = HFEngine(model, stop_ids=(), max_context=200)
     completion = generate_all(engine, [([1, 2, 3], Sampling(max_tokens=999, seed=0))])[0]
     assert (len(completion.token_ids), completion.finish) == (197, "length")
-    assert completion.logprobs == pytest.approx(
-        full_logprobs(model, [1, 2, 3], completion.token_ids), abs=1e-4
-    )
+    assert completion.logprobs == pytest.approx(full_logprobs(model, [1, 2, 3], completion.token_ids), abs=1e-4)
 
 
 # ---- what is fed ----
@@ -334,9 +325,7 @@ def test_more_sessions_than_rows_come_to_the_same_end(rows: int, lockstep: bool)
     narrow = HFEngine(tiny(), stop_ids={3}, max_rows=rows, max_context=128)
     histories = three_turns(narrow, 11, lockstep=lockstep)
     for history, expected in zip(histories, roomy, strict=True):
-        for (prompt, completion), (its_prompt, its_completion) in zip(
-            history, expected, strict=True
-        ):
+        for (prompt, completion), (its_prompt, its_completion) in zip(history, expected, strict=True):
             assert prompt == its_prompt
             assert completion.token_ids == its_completion.token_ids
 
@@ -346,10 +335,7 @@ def test_sessions_that_take_turns_are_not_evicted_while_others_wait():
     histories = three_turns(engine, 11)
     fed = sum(
         len(history[0][0])
-        + sum(
-            len(after[0]) - len(before[0]) - len(before[1].token_ids) + 1
-            for before, after in pairwise(history)
-        )
+        + sum(len(after[0]) - len(before[0]) - len(before[1].token_ids) + 1 for before, after in pairwise(history))
         for history in histories
     )
     assert engine.stats.prefilled_tokens == fed
@@ -381,9 +367,7 @@ def test_holes_in_the_batch_are_closed_without_disturbing_idle_or_active_rows():
     histories = asyncio.run(asyncio.wait_for(everything(), 60))
     for history in histories:
         for prompt, completion in history:
-            assert completion.logprobs == pytest.approx(
-                full_logprobs(model, prompt, completion.token_ids), abs=1e-4
-            )
+            assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-4)
     assert engine.stats.prefilled_tokens == sum(map(len, starts)) + 5 * 2
     assert engine._row_of == {5: 0, 1: 1, 2: 2, 3: 3, 4: 4, 0: 5}  # 0 and 5 changed places
 
@@ -392,15 +376,9 @@ def test_a_cancelled_request_frees_its_row():
     engine = HFEngine(tiny(), stop_ids=(), max_rows=1, max_context=4096)
 
     async def scene() -> Completion:
-        endless = asyncio.ensure_future(
-            engine.generate([1], Sampling(max_tokens=4000, seed=0), session="endless")
-        )
-        waiting = asyncio.ensure_future(
-            engine.generate([2], Sampling(max_tokens=4000, seed=0), session="waiting")
-        )
-        next_one = asyncio.ensure_future(
-            engine.generate([3], Sampling(max_tokens=2, seed=0), session="next")
-        )
+        endless = asyncio.ensure_future(engine.generate([1], Sampling(max_tokens=4000, seed=0), session="endless"))
+        waiting = asyncio.ensure_future(engine.generate([2], Sampling(max_tokens=4000, seed=0), session="waiting"))
+        next_one = asyncio.ensure_future(engine.generate([3], Sampling(max_tokens=2, seed=0), session="next"))
         for _ in range(5):
             await asyncio.sleep(0)
         assert engine.stats.decode_steps > 0
@@ -419,9 +397,7 @@ def test_a_released_request_is_cancelled():
     engine = HFEngine(tiny(), stop_ids=(), max_context=4096)
 
     async def scene() -> None:
-        request = asyncio.ensure_future(
-            engine.generate([1], Sampling(max_tokens=4000, seed=0), session=0)
-        )
+        request = asyncio.ensure_future(engine.generate([1], Sampling(max_tokens=4000, seed=0), session=0))
         await asyncio.sleep(0)
         engine.release(0)
         with pytest.raises(asyncio.CancelledError):
@@ -534,9 +510,7 @@ def test_refresh_forgets_the_old_weights():
     engine.refresh(7)
     assert engine.policy_version == 7
     completion = generate_all(engine, [item])[0]
-    assert completion.logprobs == pytest.approx(
-        full_logprobs(other, item[0], completion.token_ids), abs=1e-4
-    )
+    assert completion.logprobs == pytest.approx(full_logprobs(other, item[0], completion.token_ids), abs=1e-4)
 
 
 def test_refresh_with_a_session_alive_is_a_bug():

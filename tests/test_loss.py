@@ -51,9 +51,7 @@ def test_the_loss_and_its_parts():
 def test_the_kl_term_is_added_with_its_coefficient():
     # policy −1, reference −1 + ln 2: 2 − ln 2 − 1 nats; without advantages the loss is the KL term alone
     log2 = math.log(2)
-    parts = policy_loss(
-        t(-1.0), t(-1.0), t(0.0), t(1.0), ref_logprobs=t(-1 + log2), kl_coef=0.1
-    )
+    parts = policy_loss(t(-1.0), t(-1.0), t(0.0), t(1.0), ref_logprobs=t(-1 + log2), kl_coef=0.1)
     assert_close(parts.kl, torch.tensor(1 - log2))
     assert_close(parts.loss, torch.tensor(0.1 * (1 - log2)))
 

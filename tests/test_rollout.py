@@ -69,9 +69,7 @@ def played(*replies: str, limits: Limits = LIMITS, environment=None, max_turns: 
 def test_recorded_tokens_are_exactly_what_the_engine_saw():
     engine = Recorder([call("Kenya"), call("Peru"), answer("Nairobi")])
     environment = ToolEnvironment(TASK, TOOLS, max_turns=3)
-    rollout = asyncio.run(
-        run_rollout(TASK, environment, engine, CHAT, limits=LIMITS, seed=9, group=4, temperature=0.5)
-    )
+    rollout = asyncio.run(run_rollout(TASK, environment, engine, CHAT, limits=LIMITS, seed=9, group=4, temperature=0.5))
     ids = rollout.prompt_ids
     for turn, (prompt, _, completion) in zip(rollout.turns, engine.seen, strict=True):
         assert prompt == ids
@@ -140,11 +138,11 @@ def test_a_long_result_is_cut_so_that_the_last_turn_has_its_tokens(room: int):
     action = len(CHAT.encode_text(call("long"))) + 1
     context = prompt + action + CHAT.empty_reply_length + room + 200
     limits = Limits(max_turn_tokens=200, context=context, max_turns=2)
-    rollout = played(call("long"), answer("x" * 182), limits=limits, max_turns=2)  # 182 + 18 = 200
+    rollout = played(call("long"), answer("x" * 183), limits=limits, max_turns=2)  # 183 + 17 = 200
     assert rollout.stop == "max_tokens", "201 tokens with the closing one"
     assert rollout.num_tokens == context
     assert len(rollout.turns[0].reply_ids) == CHAT.empty_reply_length + room
-    assert played(call("long"), answer("x" * 181), limits=limits, max_turns=2).stop == "answer"
+    assert played(call("long"), answer("x" * 182), limits=limits, max_turns=2).stop == "answer"
 
 
 def test_long_results_leave_room_for_all_turns_that_are_granted():
@@ -201,9 +199,7 @@ def test_an_environment_that_cannot_start_is_recorded_without_turns():
 def test_one_failing_environment_leaves_the_others_alone():
     environments = iter([Failing(at_start=True), ToolEnvironment(TASK, TOOLS)])
     engine = ScriptedEngine([answer("Nairobi")], CHAT)
-    (group,) = asyncio.run(
-        run_groups([TASK], lambda _: next(environments), engine, CHAT, group_size=2, limits=LIMITS)
-    )
+    (group,) = asyncio.run(run_groups([TASK], lambda _: next(environments), engine, CHAT, group_size=2, limits=LIMITS))
     assert [r.stop for r in group] == ["error", "answer"]
 
 

@@ -170,13 +170,16 @@ def test_equal_scores_stand_in_order_of_id_whatever_the_order_of_the_articles():
         assert found(index, "same words", 3) == ["n000", "n001", "n002"]
 
 
-def test_the_title_boost_prefers_the_article_of_that_name():
+def test_the_title_boost_prefers_the_article_whose_whole_title_is_in_the_query():
     articles = [
-        article("1", "Kenya Kenya Kenya Kenya and Kenya.", "Neighbours"),
-        article("2", "A country in the east of Africa, with a long coast and lakes.", "Kenya"),
+        article("1", "Red planet, red planet, red planet Mars, Mars.", "Colours"),
+        article("2", "It has two moons and a red dust bar, a red air bar, in it.", "Mars"),
+        article("3", "A short sweet bar that one bites into, with milk and malt.", "Mars Bars"),
     ]
-    assert found(SearchIndex(articles, title_boost=0.0), "Kenya")[0] == "1"
-    assert found(SearchIndex(articles, title_boost=2.0), "Kenya")[0] == "2"
+    assert found(SearchIndex(articles, title_boost=0.0), "Is Mars a red planet?")[0] == "1"
+    boosted = SearchIndex(articles, title_boost=20.0)
+    assert found(boosted, "Is Mars a red planet?")[0] == "2"
+    assert found(boosted, "Is a MARS bar red?")[0] == "3"  # not "2": its title is in a longer one
 
 
 def test_hits_carry_the_article_and_falling_scores():
@@ -265,6 +268,17 @@ def test_a_damaged_index_is_a_one_line_error_that_names_the_remedy(tmp_path, suf
         SearchIndex.open(folder).search("Kenya")
     assert "build it again" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_single_changed_letter_of_a_stored_text_is_noticed(tmp_path):
+    SearchIndex.build(WORLD, tmp_path / "index")
+    (store,) = (tmp_path / "index").glob("*.store")
+    content = store.read_bytes()
+    assert content.count(b"Nairobi") == 1
+    store.unlink()
+    store.write_bytes(content.replace(b"Nairobi", b"Nairobo"))
+    with pytest.raises(RunError, match=r"\.store has changed; build it again"):
+        SearchIndex.open(tmp_path / "index")
 
 
 # ---------------------------------------------------------------------------------- the cache

@@ -128,9 +128,10 @@ def test_the_share_of_answerable_tasks_counts_whole_words_of_any_alias_in_any_ca
         Task(id="2", question="?", answers=("New York",)),  # in the second, across a line end
         Task(id="3", question="?", answers=("Nair",)),  # only as a part of Nairobi: no
         Task(id="4", question="?", answers=("?!",)),  # no word at all: no
+        Task(id="5", question="?", answers=("not Pari",)),  # its last word only in part: no
     ]
     texts = ["Nairobi is not Paris.", "From new\nyork, with love.", "New things in York."]
-    assert check_answers_in_corpus(tasks, texts) == 2 / 4
+    assert check_answers_in_corpus(tasks, texts) == 2 / 5
 
 
 def test_one_answer_counts_for_every_task_that_has_it():

@@ -10,8 +10,8 @@ Three masks over (B, T) say different things. `attention`: the position holds a 
 `action`: the policy sampled it. `loss`: it enters the loss.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Row:
     """float32 (T,), nats; 0 where not sampled."""
     advantages: np.ndarray
     """float32 (T,); 0 where not sampled."""
+    count: int = 1
+    """How many rollouts this row stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class MicroBatch:
     loss: torch.Tensor
     sampling_logprobs: torch.Tensor
     advantages: torch.Tensor
+    counts: torch.Tensor
+    """float32 (B,): how many rollouts each row stands for."""
 
     @property
     def num_rows(self) -> int:
@@ -88,6 +92,18 @@ def rollout_row(rollout: Rollout, turn_advantages: Sequence[float], trained: Seq
     )
 
 
+def distinct_rows(rows: Iterable[Row]) -> list[Row]:
+    """The rows with equal ones merged: rollouts that say the same and earn the same are computed once.
+
+    As a policy becomes sure of itself, most rollouts of a group are equal.
+    """
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.prompt_ids, row.ids, row.advantages.tobytes(), row.loss.tobytes())
+        found.setdefault(key, []).append(row)
+    return [replace(same[0], count=sum(row.count for row in same)) for same in found.values()]
+
+
 def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int) -> Iterator[MicroBatch]:
     """The rows in micro-batches of similar length, each within `max_tokens` padded positions.
 
@@ -119,6 +135,7 @@ def pack(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
         loss=_padded([row.loss for row in rows], False),
         sampling_logprobs=_padded([row.sampling_logprobs for row in rows], 0.0),
         advantages=_padded([row.advantages for row in rows], 0.0),
+        counts=torch.tensor([float(row.count) for row in rows]),
     )
 
 

@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = (error.name or "").split(".")[0]
         if missing not in EXTRA_MODULES:
             raise
-        return _failed(
-            f'this command needs {missing}; install it: pip install "turnwise[train]"', 2
-        )
+        return _failed(f'this command needs {missing}; install it: pip install "turnwise[train]"', 2)
     except (TurnwiseError, ExceptionGroup) as error:
         ours = _first_of_ours(error)
         if ours is None:
@@ -117,8 +115,12 @@ def _console() -> "Console":
     """A terminal that takes no text as markup, and is not narrowed where there is none."""
     from rich.console import Console
 
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # to `main`, instead of ending the process here
+
     width = None if sys.stdout.isatty() else 110
-    return Console(markup=False, highlight=False, emoji=False, width=width)
+    return Terminal(markup=False, highlight=False, emoji=False, width=width)
 
 
 # --- commands that search and convert -------------------------------------------------------------
@@ -138,11 +140,12 @@ def search(query: str, /, *, corpus: str = "atlas", k: int = 3) -> None:
     from turnwise.search import open_index
 
     console = _console()
+    whole = not console.is_terminal  # lines of a file or pipe are not broken
     hits = open_index(corpus).search(query, k)
     for number, hit in enumerate(hits, start=1):
         head = f"{number}. {one_line(hit.title) or one_line(hit.id)}"
         console.print(Text.assemble((head, "bold"), (f"  {hit.score:.2f}", "dim")))
-        console.print(Text(visible(hit.text)))
+        console.print(Text(visible(hit.text)), soft_wrap=whole)
         console.print()
     if not hits:
         console.print("No results.")
@@ -251,8 +254,7 @@ def _file_config(args: Sequence[str]) -> Any:
 def _check_file_first(file: Path | None, args: Sequence[str]) -> None:
     if file is not None and str(file) != args[0] and Path(args[0]) != file:
         raise InputError(
-            f"the configuration file must come before the options; got {str(file)!r} after them; "
-            "write it first"
+            f"the configuration file must come before the options; got {str(file)!r} after them; write it first"
         )
 
 
@@ -262,52 +264,42 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
 
     from turnwise.warmup import WarmupConfig
 
-    def warmup(
-        *,
-        config: Annotated[WarmupConfig, tyro.conf.arg(name="")],
-        out: Path = Path("warmup"),
-    ) -> int:
+    default = WarmupConfig()
+
+    def warmup(*, config: Annotated[WarmupConfig, tyro.conf.arg(name="")] = default) -> int:
         """Make a starting checkpoint from demonstrations, as the embedded one was made.
 
         Args:
             config: The options.
-            out: Checkpoint folder to make.
         """
-        return _warmup(config, out)
+        return _warmup(config)
 
     return warmup
 
 
-def _warmup(config: Any, out: Path) -> int:
+def _warmup(config: Any) -> int:
     import time
 
-    from turnwise.display import duration, number_text
-    from turnwise.policy import save_policy
+    from turnwise.display import duration
     from turnwise.rundir import writing
-    from turnwise.warmup import warmed_up_policy
+    from turnwise.warmup import phases, warm_up
 
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise InputError(
-            f"--out must name a new or empty folder; {out} holds files; choose another"
-        )
-    total, started = config.skill_steps + config.habit_steps, time.perf_counter()
+    with writing(config.out):
+        config.out.mkdir(parents=True, exist_ok=True)
+    if any(config.out.iterdir()):
+        raise InputError(f"--out must name a new or empty folder; {config.out} holds files; choose another")
+    total, started = sum(phase.steps for phase in phases(config)), time.perf_counter()
 
-    def report(step: int, measured: dict[str, float]) -> None:
-        if (step + 1) % 50 and step + 1 != total:
-            return
-        spent = time.perf_counter() - started
-        left = duration(spent / (step + 1) * (total - step - 1))
-        numbers = "  ".join(f"{name} {number_text(value)}" for name, value in measured.items())
-        print(f"step {step + 1}/{total}  {numbers}  {left} left", flush=True)
+    def watch(_policy: Any, phase: str, step: int, loss: float) -> None:
+        if step % 50 == 0 or step == total:
+            left = duration((time.perf_counter() - started) / step * (total - step))
+            print(f"{phase}  step {step}/{total}  loss {loss:.3f}  {left} left", flush=True)
 
-    policy = warmed_up_policy(config, report)
-    with writing(out):
-        save_policy(policy, out)
-    print(f"The checkpoint is in {out}. What next:")
-    print(f"  turnwise eval {out}")
-    print(f"  turnwise train --policy {out}")
+    with writing(config.out):
+        warm_up(config, watch)
+    print(f"The checkpoint is in {config.out}. What next:")
+    print(f"  turnwise eval {config.out}")
+    print(f"  turnwise train --policy {config.out}")
     return 0
 
 
@@ -397,10 +389,9 @@ def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
     _console().print(evaluation_table(title, evaluation_to_dict(evaluation)))
     failed = [rollout for _, rollout in evaluation.records if rollout.stop == "error"]
     if failed:
-        print(
-            f"{len(failed)} of {len(evaluation.records)} rollouts failed and are left out; the first:"
-        )
-        print(f"  {ascii(failed[0].error)}")
+        total = len(evaluation.records)
+        print(f"{len(failed)} of {total} rollouts failed and are left out; the first:")
+        print(f"  {failed[0].error!a}")
 
 
 def ask(

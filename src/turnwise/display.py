@@ -5,6 +5,7 @@ character of theirs reaches the terminal.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -107,9 +108,7 @@ def record_line(record: Record, total: int) -> str:
     return "  ".join([*parts, duration(record["wall_s"])])
 
 
-def progress_panel(
-    title: str, total: int, train: Sequence[Record], validation: Sequence[Record]
-) -> Panel:
+def progress_panel(title: str, total: int, train: Sequence[Record], validation: Sequence[Record]) -> Panel:
     """A run on a few lines: how far it is, the present metrics, and two of them over time."""
     step = train[-1]["step"] if train else 0
     left = seconds_left(train, total)
@@ -125,9 +124,7 @@ def progress_panel(
     if len(train) > 1:
         parts += [Text(), _trends(train)]
     hint = "Ctrl-C stops after the step under way and keeps a checkpoint"
-    return Panel(
-        Group(*parts), title=Text(one_line(title)), subtitle=Text(hint, style="dim"), expand=False
-    )
+    return Panel(Group(*parts), title=Text(one_line(title)), subtitle=Text(hint, style="dim"), expand=False)
 
 
 def _metrics_table(train: Sequence[Record], validation: Sequence[Record]) -> Table:
@@ -180,12 +177,10 @@ def seconds_left(train: Sequence[Record], total: int) -> float | None:
 
 
 def sparkline(values: Sequence[float], *, width: int) -> str:
-    """Shares of one as a row of blocks, at most `width`; each is the mean of neighbouring values."""
+    """Shares of one as a row of at most `width` blocks, each the mean of neighbouring values."""
     count = min(width, len(values))
     bounds = [i * len(values) // count for i in range(count + 1)] if count else []
-    means = [
-        sum(values[low:high]) / (high - low) for low, high in zip(bounds, bounds[1:], strict=False)
-    ]
+    means = [sum(values[low:high]) / (high - low) for low, high in itertools.pairwise(bounds)]
     top = len(BLOCKS) - 1
     return "".join(BLOCKS[round(min(1.0, max(0.0, mean)) * top)] for mean in means)
 
@@ -219,9 +214,7 @@ EVALUATED = {
 
 def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
     """The numbers of `evaluation_to_dict`: overall, and by kind where there are several."""
-    table = Table(
-        title=Text(one_line(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(title=Text(one_line(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("questions", justify="right")
     for name in EVALUATED.values():

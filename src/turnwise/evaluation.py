@@ -26,6 +26,8 @@ from turnwise.types import Rollout, Task
 
 Mode = Literal["greedy", "sampled"]
 
+FRAME = 32
+"""More tokens than the frame of a message has."""
 RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
@@ -287,7 +289,7 @@ def _chosen_tasks(
         setting = make_setting(config)
         if split == "test":
             raise ConfigError(
-                "split of a run on your own questions must be train or validation; got 'test'; name the test file as tasks"
+                "split of a run on your own questions must be train or validation; got 'test'; name a file as tasks"
             )
         return (setting.train, "train") if split == "train" else (setting.validation, "validation")
     if tasks is None or str(tasks) == ATLAS:
@@ -336,8 +338,12 @@ def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
     """Raises ConfigError where prompt and turns together cannot fit the policy's context."""
     turns, chat = limits.max_turns, policy.chat
     replies = (turns - 1) * chat.empty_reply_length
+    reserved = turns * limits.max_turn_tokens + replies
     for task in (*setting.train, *setting.validation):
-        length = len(chat.prompt_ids(setting.environment(task).start()))
+        messages = setting.environment(task).start()
+        if sum(len(m.content.encode()) for m in messages) + len(messages) * FRAME + reserved <= limits.context:
+            continue  # no text has more tokens than bytes
+        length = len(chat.prompt_ids(messages))
         needed = length + turns * limits.max_turn_tokens + replies
         if needed > limits.context:
             raise ConfigError(

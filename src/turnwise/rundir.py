@@ -137,7 +137,8 @@ def save_checkpoint(
         record = {"format": FORMAT, "step": step, "sha256": sums, **state}
         (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _replace_folder(partial, folder)
-        for old in sorted(folder.parent.glob("step-*"))[:-KEPT_CHECKPOINTS]:
+        up_to_this = [f for f in sorted(folder.parent.glob("step-*")) if f.name <= folder.name]
+        for old in up_to_this[:-KEPT_CHECKPOINTS]:  # later ones are damaged, and will be written anew
             shutil.rmtree(old)
     return folder
 
@@ -170,7 +171,7 @@ def _checkpoint_state(folder: Path) -> tuple[str, dict[str, Any] | None]:
         for name, expected in state["sha256"].items():
             if _checksum(folder / name) != expected:
                 return f"{name} has changed", None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}", None
     return "", state
 

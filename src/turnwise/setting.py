@@ -16,6 +16,13 @@ from turnwise.tools import Tool, load_tools
 from turnwise.types import Rollout, Task
 
 VALIDATION_SHARE = 0.1
+ASKED_SHARE = 0.25
+"""The share of the atlas's training entities that training asks about. The others only taught the starting policy."""
+
+
+def training_rank(entity: str) -> float:
+    """A training entity's place in [0, 1), by a hash of its name: the first `ASKED_SHARE` are asked about."""
+    return hash_rank("training", entity) / 2**64
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,12 @@ def make_tools(config: TrainConfig, tasks: Sequence[Task]) -> Mapping[str, Tool]
 
 def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:
     """The atlas's questions of a split, or a file's."""
-    if source == ATLAS:
-        return atlas.tasks(split, phrasing="all" if split == "train" else "one")
-    return load_tasks(Path(source))
+    if source != ATLAS:
+        return load_tasks(Path(source))
+    if split != "train":
+        return atlas.tasks(split)
+    tasks = atlas.tasks("train", phrasing="all")
+    return [task for task in tasks if training_rank(task.metadata["entity"]) < ASKED_SHARE]
 
 
 def _tasks(config: TrainConfig) -> tuple[Sequence[Task], Sequence[Task]]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from turnwise.batch import MicroBatch, Row, micro_batches, rollout_row
+from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, rollout_row
 from turnwise.config import TrainConfig
 from turnwise.credit import ESTIMATORS, Credit, TurnTable, turn_table
 from turnwise.errors import RunError
@@ -328,13 +328,13 @@ def _optimise(
 
     Entropy, clip fraction and shift are means over the computed rows, absent where there are none.
     """
-    live = [row for row in rows if reference or np.any(row.advantages[row.loss])]
+    live = distinct_rows(row for row in rows if reference or np.any(row.advantages[row.loss]))
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "policy_shift", "entropy"), 0.0)
     weighed = 0.0
     for batch in micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id):
         for name, value in _backward(policy, batch, len(rows), config, reference).items():
             sums[name] += value
-        weighed += batch.num_rows / len(rows)
+        weighed += float(batch.counts.sum()) / len(rows)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
     if not math.isfinite(norm):
         raise RunError(
@@ -348,7 +348,7 @@ def _optimise(
         mean = sums.pop(name)
         if live:
             sums[name] = mean / weighed
-    return {**sums, "grad_norm": float(norm), "live_rollouts": weighed}
+    return {**sums, "grad_norm": float(norm), "live_rollouts": weighed, "computed_rows": len(live) / len(rows)}
 
 
 def _backward(
@@ -356,7 +356,7 @@ def _backward(
 ) -> dict[str, float]:
     """Adds a micro-batch's gradient; its share of the step's sums."""
     logprobs, entropy = token_logprobs(policy.model, batch, batch.loss, temperature=config.temperature)
-    weights = rollout_mean_weights(batch.loss, num_rows)[batch.loss]
+    weights = (batch.counts[:, None] * rollout_mean_weights(batch.loss, num_rows))[batch.loss]
     ref_logprobs = None
     if reference:
         with torch.no_grad():

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 
 from turnwise import atlas
-from turnwise.atlas.world import hash_rank
 from turnwise.batch import Row, micro_batches
 from turnwise.chat import SPECIALS, BPETokenizer, Chat
 from turnwise.policy import Policy, save_policy, tiny_policy, token_logprobs
 from turnwise.search import open_index, search_tool
+from turnwise.setting import training_rank
 from turnwise.tags import parse, result_text, system_prompt
 from turnwise.tools import Tool, call_tool, error_result
 from turnwise.types import Message
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 2048
 REPEATED_PIECES = 160
 """How many vocabulary entries the easier repetitions draw from."""
 REPEATED_LENGTH = 64
@@ -122,13 +122,13 @@ class Subject:
         return self.values[self.relation]
 
 
-KNOWN_SHARE = 0.25
-"""The share of training entities whose facts the policy learns by heart."""
+KNOWN_SHARE = 0.0625
+"""The share of training entities whose facts the policy learns by heart: a quarter of those that training asks about."""
 
 
 def is_known(entity: atlas.Entity) -> bool:
     """Whether the starting policy is taught the entity's facts."""
-    return entity.split == "train" and hash_rank("known", entity.name) / 2**64 < KNOWN_SHARE
+    return entity.split == "train" and training_rank(entity.name) < KNOWN_SHARE
 
 
 @dataclass
@@ -371,14 +371,18 @@ def demonstration_row(demonstration: Demonstration, chat: Chat, system: tuple[in
 
 
 def repetition_row(chat: Chat, system: tuple[int, ...], rng: random.Random) -> Row:
-    """A span of random tokens, again and again; the loss is on all but the first time.
+    """A span, again and again; the loss is on all but the first time. What teaches a small model to copy.
 
-    What teaches a small model to copy. Half of the rows draw from a small part of the vocabulary, where it learns
-    faster.
+    The span is random tokens, of the whole vocabulary or of a small part of it, where copying is learned first, or
+    a list of invented names.
     """
-    vocabulary = rng.choice((REPEATED_PIECES, chat.tokenizer.vocab_size))
-    span = [rng.randrange(len(SPECIALS), vocabulary) for _ in range(rng.randint(4, 20))]
-    ids = (span * (1 + REPEATED_LENGTH // len(span)))[:REPEATED_LENGTH]
+    vocabulary = rng.choice((REPEATED_PIECES, chat.tokenizer.vocab_size, 0))
+    if vocabulary:
+        span = [rng.randrange(len(SPECIALS), vocabulary) for _ in range(rng.randint(4, 20))]
+    else:
+        names = [invented_name(rng) for _ in range(rng.randint(1, 4))]
+        span = chat.encode_text(", ".join(names) + "\n")
+    ids = (span * (1 + REPEATED_LENGTH // len(span)))[: max(REPEATED_LENGTH, 2 * len(span))]
     return _taught(system, ids, [i > len(span) for i in range(len(ids))])
 
 
@@ -405,15 +409,15 @@ class WarmupConfig:
     """Folder of the checkpoint to make."""
     seed: int = 0
     """Equal seeds make equal checkpoints on one machine."""
-    copy_steps: int = 400
+    copy_steps: int = 250
     """Steps of the first phase: mostly copying."""
-    skill_steps: int = 2000
+    skill_steps: int = 1000
     """Steps of the second phase: everything done well."""
-    habit_steps: int = 400
+    habit_steps: int = 300
     """Steps of the third phase: a base model's faults."""
-    rows: int = 96
+    rows: int = 64
     """Sequences in a step."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     """Peak learning rate; the last phase brings it down to a twentieth."""
     hidden: int = 128
     """Width of the model."""
@@ -447,7 +451,7 @@ def phases(config: WarmupConfig) -> tuple[Phase, ...]:
     calls = Habits.calls
     return (
         Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15)),
-        Phase("skills", config.skill_steps, SKILLS, Mixture(0.22, 0.4, 0.08, 0.15)),
+        Phase("skills", config.skill_steps, SKILLS, Mixture(0.22, 0.36, 0.17, 0.15)),
         Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.28, 0.4, calls)),
     )
 
@@ -475,7 +479,7 @@ def warmup_rows(
     return rows
 
 
-def tokenizer_texts(source: SubjectSource, count: int = 6000) -> Iterator[str]:
+def tokenizer_texts(source: SubjectSource, count: int = 12_000) -> Iterator[str]:
     """What the tokenizer is trained on: demonstrations about training and invented entities."""
     demonstrator = Demonstrator(source, Habits())
     prompt = system_prompt(search_stub())
@@ -498,7 +502,7 @@ Watch = Callable[[Policy, str, int, float], None]
 def warm_up(config: WarmupConfig, watch: Watch | None = None) -> Policy:
     """The starting policy, trained from nothing and written to `config.out`.
 
-    Takes about an hour on two cores with the default configuration.
+    Takes about half an hour on two cores with the default configuration.
     """
     source = SubjectSource(random.Random(config.seed))
     chat = Chat(train_tokenizer(tokenizer_texts(source)))

@@ -54,9 +54,7 @@ class RowCache(Cache):
         if layer_idx == len(self.keys):
             self.keys.append(self._room(key_states))
             self.values.append(self._room(value_states))
-        return self._through(self.keys[layer_idx], key_states), self._through(
-            self.values[layer_idx], value_states
-        )
+        return self._through(self.keys[layer_idx], key_states), self._through(self.values[layer_idx], value_states)
 
     def move(self, target: torch.Tensor, source: torch.Tensor, length: int) -> None:
         """Copy the first `length` positions of rows `source` to rows `target`; they may overlap."""

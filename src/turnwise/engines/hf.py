@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from turnwise.engine import Completion, Sampling
+from turnwise.engines.attention import attention_masks
 from turnwise.engines.cache import RowCache
 from turnwise.engines.sampling import drawn_tokens
 from turnwise.errors import ConfigError, InputError
@@ -63,7 +64,7 @@ class _Rows:
     def __init__(self, rows: int, length: int) -> None:
         self.active = np.zeros(rows, bool)
         self.reserved = np.zeros(rows, bool)
-        self.length = np.zeros(rows, np.int64)  # tokens in the key-value cache
+        self.length = np.zeros(rows, np.int64)  # tokens in the key-value cache; 0 where free
         self.start = np.zeros(rows, np.int64)  # where the tokens of the present request begin
         self.end = np.zeros(rows, np.int64)  # and where its budget ends
         self.used = np.zeros(rows, np.int64)  # decode step of its last token
@@ -128,9 +129,7 @@ class HFEngine:
         self._arrival: asyncio.Event | None = None
         self._clear()
 
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable) -> Completion:
         """A completion of `prompt_ids`, the whole conversation so far, drawn token by token.
 
         Raises InputError for an empty prompt, one longer than `max_context` - 1, a token id outside
@@ -144,9 +143,7 @@ class HFEngine:
                 f"session {session!r}; give every conversation its own session"
             )
         loop = asyncio.get_running_loop()
-        request = _Request(
-            session=session, prompt=prompt, sampling=sampling, future=loop.create_future()
-        )
+        request = _Request(session=session, prompt=prompt, sampling=sampling, future=loop.create_future())
         self._sessions[session] = request
         self._waiting.append(request)
         self._notify()
@@ -170,10 +167,9 @@ class HFEngine:
         self._notify()
 
     def refresh(self, policy_version: int) -> None:
-        """Forget what the old weights computed; every session must have been released."""
+        """The weights have changed. Every session must have been released: nothing cached is left."""
         assert not self._sessions, f"refresh with {len(self._sessions)} sessions alive"
         self.policy_version = policy_version
-        self._rows.length[:] = 0
 
     # ---- the driver ----
 
@@ -222,8 +218,8 @@ class HFEngine:
         rows, prompt, sampling = self._rows, request.prompt, request.sampling
         size = len(prompt)
         budget = min(sampling.max_tokens, self.max_context - size)
-        cached = int(rows.length[row]) if request.session in self._row_of else 0
-        rows.length[row] = _common_prefix(rows.tokens[row, :cached], prompt[:-1])
+        cached = rows.tokens[row, : rows.length[row]]
+        rows.length[row] = _common_prefix(cached, prompt[:-1])
         rows.tokens[row, :size] = prompt
         rows.start[row], rows.end[row] = size, size + budget
         rows.uniforms[row, size : size + budget] = _uniforms(sampling.seed, budget)
@@ -401,10 +397,15 @@ class HFEngine:
         return self._decoder(
             input_ids=self._tensor(ids),
             position_ids=place,
-            attention_mask=_mask(place, read_length, self._model.dtype),
+            attention_mask=self._masks(place, read_length),
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
+
+    def _masks(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """A token at position p sees positions 0 to p, which stand at these places of its row."""
+        distance = positions[:, :, None] - torch.arange(length, device=positions.device)
+        return attention_masks(self._model, distance >= 0, distance)
 
     def _draw(self, hidden: torch.Tensor, active: np.ndarray) -> None:
         """Draw the next token of rows `active` [B] from `hidden` [B, d]; answer what is done."""
@@ -472,14 +473,6 @@ def _chunks(rows: np.ndarray, new: np.ndarray) -> Iterable[np.ndarray]:
         order = order[size:]
 
 
-def _mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Additive attention mask [B, 1, T, length]: a token at position p sees positions 0 to p."""
-    hidden = torch.arange(length, device=positions.device) > positions[:, None, :, None]
-    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(
-        hidden, torch.finfo(dtype).min
-    )
-
-
 def _stop_table(stop_ids: Iterable[int], vocab: int) -> np.ndarray:
     """Whether each token id ends a completion, [V]."""
     ids = np.array(sorted(stop_ids), np.int64)
@@ -495,16 +488,13 @@ def _stop_table(stop_ids: Iterable[int], vocab: int) -> np.ndarray:
 
 def _check_model(config: Any) -> None:
     """Refuse what the engine would silently compute wrong."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = [
-            "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-        ]
-    odd = sorted(set(kinds) - {"full_attention"})
-    if odd:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    odd = sorted(kinds - {"full_attention", "sliding_attention"})
+    if odd or (window and not kinds):
         raise ConfigError(
-            f"an engine's model must have full attention in every layer; got {', '.join(odd)}; "
-            "switch it off in the model's config or take another model"
+            "an engine's model must have full or sliding attention in every layer, and say which; got "
+            f"{', '.join(odd) or 'a sliding_window without layer_types'}; take another model"
         )
     altered = [name for name in ALTERED_LOGITS if getattr(config, name, None) not in (None, 1)]
     if altered:

@@ -18,12 +18,10 @@ def drawn_tokens(
     scale = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
     logprobs = torch.log_softmax(exact / scale[:, None].to(exact.dtype), dim=-1)
     cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    # Below the total even where rounding says otherwise, so that the index stays in range.
-    point = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, point[:, None], right=True)
-    tokens = tokens.clamp_(max=logits.shape[1] - 1)  # NaN sorts last; its logprob tells the caller
-    # A parallel cumulative sum need not be monotonic: never return a token of probability 0.
+    point = uniforms[:, None] * cumulative[:, -1:]
+    # Rounding can put the point on the total, and NaN sorts last: stay in range.
+    tokens = torch.searchsorted(cumulative, point, right=True).clamp_(max=logits.shape[1] - 1)
+    # That token, or one where a parallel sum is not monotonic, may have probability 0: not that one.
     greedy = (temperatures == 0)[:, None] | logprobs.gather(1, tokens).isneginf()
     if greedy.any():
         tokens = torch.where(greedy, logits.argmax(dim=-1, keepdim=True), tokens)

@@ -118,7 +118,7 @@ def _over_runs(runs: Sequence[Points], reduce: Callable[[np.ndarray], Any]) -> P
     if not runs:
         return ()
     by_step = [dict(points) for points in runs]
-    shared = sorted(set.union(*(set(d) for d in by_step)))
+    shared = sorted(set.intersection(*(set(d) for d in by_step)))
     return tuple((step, float(reduce(np.array([d[step] for d in by_step])))) for step in shared)
 
 

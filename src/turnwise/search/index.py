@@ -1,9 +1,10 @@
 """BM25 search over articles, on tantivy: in memory, or in a folder that is built once and reused.
 
 Terms are lower-cased, freed of accents and stemmed as English. An article is found by title and
-text together; the title's own score is added with weight `title_boost`. A query is a plain question
-or a few words: stop and question words leave it unless nothing else is in it, and every other word
-may match (never a query language, in which a question mark or a colon would be an error).
+text together; where its whole title stands in the query, the title's rareness is added with weight
+`title_boost`. A query is a plain question or a few words: stop and question words leave it unless
+nothing else is in it, and every other word may match (never a query language, in which a question
+mark or a colon would be an error).
 """
 
 import contextlib
@@ -27,12 +28,13 @@ from turnwise.search.corpus import ATLAS, ArticleLike, corpus_files, load_corpus
 
 FORMAT = 1
 """Version of the index's files; an index of another version is built anew."""
-TITLE_BOOST = 0.05
-"""Weight of the title's own BM25 score; `benchmarks/search.py` measures it."""
+TITLE_BOOST = 0.25
+"""Weight of the BM25 score of a whole title as one term; `benchmarks/search.py` measures it."""
 MANIFEST = "turnwise.json"
 
 _ANALYSER = "turnwise"
 _MAX_TERMS = 64
+_MAX_TITLE_WORDS = 8
 _MAX_TIED = 256
 _HEAP_BYTES = 64_000_000
 _QUERIES_KEPT = 20_000
@@ -89,9 +91,7 @@ class SearchIndex:
                 f"{folder} must be free or hold a search index; it holds something else; "
                 "give another folder"
             )
-        with _index_errors(
-            f"{folder} must be a writable folder with room for the index", "free it"
-        ):
+        with _index_errors(f"{folder} must be a folder that can be written", "choose another"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -171,11 +171,8 @@ class SearchIndex:
             for article in self._new(articles):
                 writer.add_document(_document(article))
             writer.commit()
-        except BaseException:
-            writer.rollback()
-            raise
         finally:
-            writer.wait_merging_threads()
+            writer.wait_merging_threads()  # gives the lock back; what is not committed is dropped
         self._refresh()
         if not len(self):
             raise InputError("a search index must have articles; got none; give a corpus with some")
@@ -196,20 +193,36 @@ class SearchIndex:
         terms = self.query_terms(query)
         if not terms:
             return ()
-        parts = [(tantivy.Occur.Should, part) for term in terms for part in self._term_parts(term)]
+        parts = [tantivy.Query.term_query(self._index.schema, "all", t, "freq") for t in terms]
+        parts += self._title_parts(query, terms)
+        either = tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts])
         with _index_errors(
             f"{self._folder or 'the index'} must be a whole index", "build it again"
         ):
-            found = self._best(tantivy.Query.boolean_query(parts), k)
+            found = self._best(either, k)
             hits = [_hit(self._searcher.doc(address), score) for score, address in found]
         return tuple(sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k])
 
-    def _term_parts(self, term: str) -> list[tantivy.Query]:
-        anywhere = tantivy.Query.term_query(self._index.schema, "all", term, "freq")
+    def _title_parts(self, query: str, terms: list[str]) -> list[tantivy.Query]:
+        """A query part for each title that stands in the query and in no longer such title.
+
+        A title of one word that is a stop word counts only where the query is nothing else.
+        """
         if not self._title_boost:
-            return [anywhere]
-        in_title = tantivy.Query.term_query(self._index.schema, "title", term, "freq")
-        return [anywhere, tantivy.Query.boost_query(in_title, self._title_boost)]
+            return []
+        words = _analyser().analyze(_encodable(query))[:_MAX_TERMS]
+        starts, lengths = range(len(words)), range(1, _MAX_TITLE_WORDS + 1)
+        spans = (words[start : start + length] for start in starts for length in lengths)
+        names = {" ".join(span) for span in spans if len(span) > 1 or span[0] in terms}
+        titles = [name for name in sorted(names) if self._searcher.doc_freq("name", name)]
+        return [
+            tantivy.Query.boost_query(
+                tantivy.Query.term_query(self._index.schema, "name", title, "basic"),
+                self._title_boost,
+            )
+            for title in titles
+            if not any(title != other and f" {title} " in f" {other} " for other in titles)
+        ]
 
     def _best(self, query: tantivy.Query, k: int) -> list[tuple[float, tantivy.DocAddress]]:
         """The `k` best documents and those that tie with the last of them (up to a limit)."""
@@ -365,20 +378,29 @@ def _index_errors(must: str, remedy: str) -> Iterator[None]:
 def _schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("id", stored=True, tokenizer_name="raw", index_option="basic")
-    builder.add_text_field("title", stored=True, tokenizer_name=_ANALYSER, index_option="freq")
+    builder.add_text_field("name", stored=False, tokenizer_name="raw", index_option="basic")
     builder.add_text_field("all", stored=False, tokenizer_name=_ANALYSER, index_option="freq")
-    builder.add_bytes_field("text", stored=True)  # bytes: a text field cannot go unindexed
+    builder.add_bytes_field("title", stored=True)  # bytes: a text field cannot go unindexed
+    builder.add_bytes_field("text", stored=True)
     return builder.build()
 
 
 def _document(article: ArticleLike) -> tantivy.Document:
     name, title, text = map(_encodable, (article.id, article.title, article.text))
-    return tantivy.Document(id=name, title=title, text=text.encode(), all=f"{title} {text}")
+    return tantivy.Document(
+        id=name,
+        name=" ".join(_analyser().analyze(title)),
+        title=title.encode(),
+        text=text.encode(),
+        all=f"{title} {text}",
+    )
 
 
 def _hit(document: tantivy.Document, score: float) -> Hit:
     name, title, text = (document.get_first(field) for field in ("id", "title", "text"))
-    return Hit(id=name or "", title=title or "", text=(text or b"").decode(), score=score)
+    return Hit(
+        id=name or "", title=(title or b"").decode(), text=(text or b"").decode(), score=score
+    )
 
 
 def _words() -> tantivy.TextAnalyzerBuilder:

@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from turnwise import compare
+from turnwise.config import TrainConfig
+from turnwise.errors import ConfigError
+
+
+def record(estimator: str, seed: int, exact_match: float) -> dict:
+    names = ("tool_execution", "answer_in_results", "xml_format", "f1")
+    metrics = {name: {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10} for name in names}
+    metrics["exact_match"] = {"mean": exact_match, "low": 0.0, "high": 1.0, "n": 10}
+    return {"estimator": estimator, "seed": seed, "steps": 2, "evaluations": {"held-out-greedy": metrics}}
+
+
+def result() -> dict:
+    runs = [record("grpo-or", 0, 0.1), record("mt-grpo", 0, 0.5), record("mt-grpo", 1, 0.7)]
+    return {
+        "name": "toy",
+        "turnwise": "0",
+        "torch": "0",
+        "machine": "x86_64",
+        "date": "2026-01-01",
+        "config": {"steps": 2, "tasks_per_step": 3, "group_size": 4},
+        "start": {
+            "evaluations": {"held-out-greedy": record("", 0, 0.05)["evaluations"]["held-out-greedy"]},
+            "raw_question_answer_in_results": {"held-out": 0.25},
+        },
+        "runs": runs,
+    }
+
+
+def test_the_table_shows_mean_and_range_over_seeds() -> None:
+    lines = compare.markdown(result()).splitlines()
+    assert "| start | | 0.500 | 0.500 | 0.500 | 0.050 | 0.500 |" in lines
+    assert "| GRPO-OR | 1 | 0.500 | 0.500 | 0.500 | 0.100 | 0.500 |" in lines
+    mt_grpo = next(line for line in lines if line.startswith("| MT-GRPO | 2"))
+    assert "0.600 (0.500-0.700)" in mt_grpo  # (0.5 + 0.7) / 2
+    assert "The question itself as query: answer in results 0.250." in lines
+
+
+def test_results_name_data_files_without_their_folders(tmp_path: Path) -> None:
+    config = compare.ReproduceConfig(
+        name="toy", results=tmp_path, train=TrainConfig(tasks="/somewhere/of/mine/questions.jsonl")
+    )
+    written = compare.write_results(config, result()["start"], result()["runs"])
+    data = json.loads(written.read_text())
+    assert data["config"]["tasks"] == "questions.jsonl"
+    assert "somewhere" not in written.read_text()
+    assert written.with_suffix(".md").is_file()
+
+
+def test_an_unknown_method_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="mt-grpo"):
+        compare.ReproduceConfig(estimators=("mt-grp",))
+
+
+def test_every_method_and_seed_is_run_once_and_finished_runs_are_kept(tmp_path: Path, monkeypatch) -> None:
+    done = tmp_path / "runs" / "toy" / "mt-grpo-0"
+    done.mkdir(parents=True)
+    (done / "record.json").write_text(json.dumps(record("mt-grpo", 0, 0.5)))
+    assert compare.run_one(TrainConfig(out=done), 10) == record("mt-grpo", 0, 0.5)

@@ -1,0 +1,84 @@
+"""Options are checked at the door and come back from their file equal."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from turnwise.config import TrainConfig, config_from_dict, config_to_dict, read_config_file
+from turnwise.errors import ConfigError, InputError
+
+
+def test_the_defaults_are_valid_and_survive_json():
+    config = TrainConfig()
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config))), "x") == config
+
+
+def test_paths_weights_and_names_survive_json():
+    config = TrainConfig(
+        out=Path("a/b"), tools=Path("t.py"), rewards=Path("r.py"), reward_weights={"exact_match": 2.0}, steps=7
+    )
+    again = config_from_dict(json.loads(json.dumps(config_to_dict(config))), "x")
+    assert again == config
+    assert isinstance(again.tools, Path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("estimator", "mt_grpo", "did you mean mt-grpo"),
+        ("alpha", 1.01, r"alpha must be in \[0, 1\]; got 1.01"),
+        ("alpha", math.nan, "alpha must be"),
+        ("gamma", 0.0, r"gamma must be in \(0, 1\]; got 0.0"),
+        ("gamma", math.nan, "gamma must be"),
+        ("steps", 0, "steps must be >= 1; got 0"),
+        ("steps", 2.5, "steps must be a whole number; got 2.5"),
+        ("steps", True, "steps must be a whole number; got True"),
+        ("temperature", 0.0, "temperature must be"),
+        ("temperature", "hot", "temperature must be a number; got 'hot'"),
+        ("learning_rate", math.inf, "learning-rate must be"),
+        ("group_size", -1, "group-size must be >= 1"),
+        ("seed", -1, "seed must be"),
+        ("minibatches", 17, r"minibatches must be <= tasks-per-step \(16\)"),
+        ("reward_weights", {"exact_match": math.nan}, "exact_match is nan"),
+        ("reward_weights", {"exact_match": "1"}, "exact_match is '1'"),
+        ("reward_weights", "exact_match", "must be a table"),
+        ("exact_match", "squadd", "did you mean squad"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_name_and_value(option: str, value: object, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config_from_dict({option: value}, "file")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_option_names_its_file_and_the_nearest():
+    with pytest.raises(ConfigError, match=r"an option in run\.toml .*'group_sise'; did you mean group_size"):
+        config_from_dict({"group_sise": 4}, "run.toml")
+
+
+def test_option_files_are_toml_or_json_and_a_runs_own_counts(tmp_path):
+    (tmp_path / "a.toml").write_text("steps = 3\n[reward_weights]\nexact_match = 1.0\n")
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "config": {"steps": 4}}))
+    assert read_config_file(tmp_path / "a.toml") == {"steps": 3, "reward_weights": {"exact_match": 1.0}}
+    assert read_config_file(tmp_path / "config.json") == {"steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "steps = ", "must be TOML or JSON"),
+        ("a.json", "{", "must be TOML or JSON"),
+        ("a.json", "[1]", "must hold a table of options; got list"),
+    ],
+)
+def test_a_file_without_options_is_refused(tmp_path, name: str, text: str, message: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config_file(tmp_path / name)
+
+
+def test_a_missing_option_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="must exist"):
+        read_config_file(tmp_path / "none.toml")

@@ -1,0 +1,213 @@
+"""Log-probabilities under the policy, their gradients, and checkpoints on disk."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from turnwise.batch import Row, micro_batches, pack, rollout_row
+from turnwise.errors import InputError, RunError
+from turnwise.loss import policy_loss, rollout_mean_weights
+from turnwise.policy import Policy, load_policy, save_policy, tiny_policy, token_logprobs
+from turnwise.types import Action, Rollout, Turn
+
+VOCAB = 300
+
+
+def rollout(seed: int, prompt_length: int, *lengths: int) -> Rollout:
+    """Random tokens: turns of the given lengths with replies of 3 between them; prompts go by length."""
+    rng = np.random.default_rng(seed)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(rng.integers(3, VOCAB, n).tolist())
+
+    turns = [
+        Turn(
+            action_ids=ids(n),
+            sampling_logprobs=tuple((-6 + rng.normal(0, 0.1, n)).tolist()),
+            text="",
+            action=Action(),
+            reply_ids=ids(3),
+        )
+        for n in lengths
+    ]
+    prompt = tuple(np.random.default_rng(prompt_length).integers(3, VOCAB, prompt_length).tolist())
+    return Rollout(task_id="t", group=0, prompt_ids=prompt, turns=tuple(turns), stop="answer")
+
+
+def rows() -> list[Row]:
+    """Six rollouts over two prompts of different lengths, with 1 to 3 turns."""
+    played = [(9, 4), (9, 2, 5), (5, 1), (9, 3, 1, 2), (5, 6, 2), (5, 2)]
+    return [
+        rollout_row(rollout(i, *sizes), np.linspace(-1, 1.5, len(sizes) - 1).tolist(), [True] * (len(sizes) - 1))
+        for i, sizes in enumerate(played)
+    ]
+
+
+def plain_logprobs(policy: Policy, row: Row, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities of a row's following tokens by one ordinary forward pass."""
+    ids = torch.tensor([[*row.prompt_ids, *row.ids]])
+    logits = policy.model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(-1, ids[0, len(row.prompt_ids) :, None])[:, 0]
+
+
+def gradient(policy: Policy, loss: torch.Tensor) -> torch.Tensor:
+    policy.model.zero_grad()
+    loss.backward()
+    found = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+    policy.model.zero_grad()
+    return found
+
+
+def batched_loss(policy: Policy, all_rows: list[Row], *, max_tokens: int, pad_id: int = 0) -> torch.Tensor:
+    total = torch.zeros(())
+    for batch in micro_batches(all_rows, max_tokens=max_tokens, pad_id=pad_id):
+        logprobs, _ = token_logprobs(policy.model, batch, batch.loss)
+        weights = rollout_mean_weights(batch.loss, len(all_rows))[batch.loss]
+        sampled, advantages = batch.sampling_logprobs[batch.loss], batch.advantages[batch.loss]
+        total = total + policy_loss(logprobs, sampled, advantages, weights).loss
+    return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_shared_prompts_give_what_a_plain_forward_pass_gives(tiny: Policy, temperature: float):
+    batch = pack(rows(), pad_id=0)
+    with torch.no_grad():
+        found, entropy = token_logprobs(tiny.model, batch, batch.attention, temperature=temperature)
+        expected = torch.cat([plain_logprobs(tiny, row, temperature) for row in rows()])
+    assert_close(found, expected, atol=1e-5, rtol=0)
+    assert ((entropy > 0) & (entropy <= np.log(tiny.model.config.vocab_size) + 1e-5)).all()
+
+
+def test_rows_of_one_token_need_only_the_prompt(tiny: Policy):
+    short = [rollout_row(rollout(i, 5, 1), [1.0], [True]) for i in range(3)]
+    batch = pack(short, pad_id=0)
+    with torch.no_grad():
+        found, _ = token_logprobs(tiny.model, batch, batch.loss)
+        assert_close(found, torch.cat([plain_logprobs(tiny, row) for row in short]), atol=1e-5, rtol=0)
+
+
+def test_the_answer_turn_sees_the_tool_result(tiny: Policy):
+    played = rollout(0, 9, 4, 5)
+    changed = tuple(i + 1 if i < VOCAB - 1 else 3 for i in played.turns[0].reply_ids)
+    other = dataclasses.replace(
+        played, turns=(dataclasses.replace(played.turns[0], reply_ids=changed), played.turns[1])
+    )
+    batch = pack([rollout_row(r, [1.0, 1.0], [True, True]) for r in (played, other)], pad_id=0)
+    with torch.no_grad():
+        found, _ = token_logprobs(tiny.model, batch, batch.action)
+    before, after = found.reshape(2, 9)
+    assert_close(before[:4], after[:4])
+    assert (before[4:] - after[4:]).abs().min() > 1e-5
+
+
+def test_environment_tokens_have_no_gradient(tiny: Policy):
+    # the whole loss by plain passes, row by row, over sampled positions alone: same value, same gradient
+    expected = torch.zeros(())
+    for row in rows():
+        at = torch.from_numpy(row.loss)
+        logprobs = plain_logprobs(tiny, row)[at]
+        sampled, advantages = (torch.from_numpy(x)[at] for x in (row.sampling_logprobs, row.advantages))
+        weights = torch.full_like(logprobs, 1 / (len(rows()) * int(at.sum())))
+        expected = expected + policy_loss(logprobs, sampled, advantages, weights).loss
+    found = batched_loss(tiny, rows(), max_tokens=10_000)
+    assert_close(found, expected)
+    assert_close(gradient(tiny, found), gradient(tiny, expected), atol=1e-6, rtol=1e-4)
+    poisoned = [dataclasses.replace(r, advantages=np.where(r.action, r.advantages, np.float32(1e6))) for r in rows()]
+    assert_close(batched_loss(tiny, poisoned, max_tokens=10_000), expected)
+
+
+def test_a_turn_outside_the_loss_mask_is_not_trained(tiny: Policy):
+    played = rollout(0, 9, 4, 5)
+    only_second = [rollout_row(played, [3.0, 1.0], [False, True])]
+    batch = pack(only_second, pad_id=0)
+    logprobs, _ = token_logprobs(tiny.model, batch, batch.loss)
+    assert len(logprobs) == 5
+    other = [rollout_row(played, [-7.0, 1.0], [False, True])]
+    losses = [batched_loss(tiny, r, max_tokens=100) for r in (only_second, other)]
+    assert_close(gradient(tiny, losses[0]), gradient(tiny, losses[1]))
+
+
+@pytest.mark.parametrize(("max_tokens", "pad_id"), [(1, 0), (12, 0), (10_000, 7)])
+def test_micro_batches_order_and_padding_change_neither_loss_nor_gradient(tiny: Policy, max_tokens: int, pad_id: int):
+    usual = batched_loss(tiny, rows(), max_tokens=10_000)
+    other = batched_loss(tiny, rows()[::-1], max_tokens=max_tokens, pad_id=pad_id)
+    assert_close(other, usual)
+    assert_close(gradient(tiny, other), gradient(tiny, usual), atol=1e-6, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_policy_is_a_function_of_its_seed(bpe_chat):
+    one, same, other = (tiny_policy(bpe_chat, seed=s, hidden=16, layers=1).model.state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_saved_policy_comes_back_bit_equal(tiny: Policy, checkpoint):
+    again = load_policy(checkpoint)
+    state = again.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in tiny.model.state_dict().items())
+    assert again.context == tiny.context == 1024
+    assert again.chat.encode_text("Kenya <|im_end|>") == tiny.chat.encode_text("Kenya <|im_end|>")
+
+
+def damaged(checkpoint, tmp_path, change) -> str:
+    """The one-line message that a damaged copy of the checkpoint gives."""
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    with pytest.raises(RunError) as caught:
+        load_policy(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_truncated_model_file_is_refused(checkpoint, tmp_path):
+    def cut(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+
+    assert "must hold a whole model" in damaged(checkpoint, tmp_path, cut)
+
+
+def test_a_model_that_lacks_a_tensor_is_refused_not_filled_up(checkpoint, tmp_path):
+    def drop(folder):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert "it lacks model.layers.0.mlp.up_proj.weight" in damaged(checkpoint, tmp_path, drop)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(checkpoint, tmp_path):
+    def grow(folder):
+        data = json.loads((folder / "tokenizer.json").read_text())
+        data["model"]["vocab"]["Ġextra"] = 9999
+        (folder / "tokenizer.json").write_text(json.dumps(data))
+
+    assert "must fit its model" in damaged(checkpoint, tmp_path, grow)
+
+
+def test_a_config_that_is_no_config_is_refused(checkpoint, tmp_path):
+    assert "must hold a whole model" in damaged(
+        checkpoint, tmp_path, lambda folder: (folder / "config.json").write_text("{")
+    )
+
+
+def test_an_unknown_policy_name_is_one_line():
+    with pytest.raises(InputError, match=r"'embedded' or a checkpoint folder with config\.json; got 'embeded'"):
+        load_policy("embeded")
+
+
+def test_saving_replaces_what_was_there(tiny: Policy, tmp_path):
+    save_policy(tiny, tmp_path)
+    save_policy(tiny, tmp_path)
+    assert load_policy(tmp_path).context == 1024
