@@ -14,7 +14,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: demo test test-slow check clean
 
 demo: $(VENV)/.train-installed
-	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200
+	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
+		--train.tasks-per-step 10
 	$(BIN)/turnwise report $(DEMO)/grpo-or-0 $(DEMO)/grpo-mr-0 $(DEMO)/mt-grpo-0 --out $(DEMO)/report.html
 
 test: $(VENV)/.dev-installed

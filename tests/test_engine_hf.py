@@ -28,7 +28,9 @@ FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+    "qwen3 with a sliding layer": (Qwen3ForCausalLM, Qwen3Config),
 }
+SLIDING = {"use_sliding_window": True, "sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def tiny(
@@ -53,6 +55,7 @@ def tiny(
         initializer_range=0.3,
         tie_word_embeddings=tied,
         attn_implementation=attention,
+        **(SLIDING if "sliding" in family else {}),
     )
     return kind(config).to(dtype).eval()
 
@@ -202,8 +205,9 @@ def test_greedy_equals_model_generate_alone_and_in_a_batch(family: str, kv_heads
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_sampling_logprobs_agree_with_a_full_forward_pass_over_three_turns(attention: str):
-    model = tiny(dtype=torch.float32, attention=attention)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3 with a sliding layer"])
+def test_sampling_logprobs_agree_with_a_full_forward_pass_over_three_turns(attention: str, family: str):
+    model = tiny(family, dtype=torch.float32, attention=attention)
     engine = HFEngine(model, stop_ids=(), max_context=128)
     for history in three_turns(engine, 9):
         for prompt, completion in history:
@@ -486,7 +490,7 @@ def test_models_that_would_come_out_wrong_are_refused():
             num_attention_heads=1, num_key_value_heads=1, sliding_window=4,
         )
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="sliding_attention"):
+    with pytest.raises(ConfigError, match="sliding_window without layer_types"):
         HFEngine(sliding, stop_ids=(), max_context=64)
     capped = tiny()
     capped.config.final_logit_softcapping = 30.0

@@ -405,11 +405,14 @@ def small(turn: Turn) -> float:
 
 
 def test_learns_opposite_behaviour_in_the_two_turns(bpe_chat):
-    """Turn 1 is paid for tokens with small ids, the outcome for large ones in turn 2. Chance is about .4 and .6."""
-    policy = tiny_policy(bpe_chat, seed=0, hidden=32, layers=1)
+    """Turn 1 is paid for tokens with small ids, the outcome for large ones in turn 2.
+
+    Chance is about .4 and .6; three seeds that were tried reach 1 and 1.
+    """
+    policy = tiny_policy(bpe_chat, seed=0, hidden=32, layers=2)
     engine = make_engine(policy)
-    config = TrainConfig(estimator="mt-grpo", learning_rate=3e-2, warmup_steps=0, minibatches=1)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=3e-2, betas=(0.9, 0.99))
+    config = TrainConfig(estimator="mt-grpo", learning_rate=1e-2, warmup_steps=3, minibatches=1)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2, betas=(0.9, 0.99))
     task = Task(id="t", question="?", answers=("x",))
 
     class FixedLength:
@@ -426,7 +429,7 @@ def test_learns_opposite_behaviour_in_the_two_turns(bpe_chat):
 
     limits = Limits(max_turn_tokens=2, context=200, max_turns=2)
     shares = []
-    for step in range(25):
+    for step in range(40):
         groups = asyncio.run(
             run_groups([task] * 2, TwoTurns, FixedLength(), bpe_chat, group_size=16, limits=limits, seed=(0, step))
         )

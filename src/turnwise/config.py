@@ -67,9 +67,9 @@ class TrainConfig:
     """Different questions in a step."""
     group_size: int = 16
     """Rollouts of each question."""
-    passes: int = 2
+    passes: int = 1
     """Optimisation passes over a step's rollouts."""
-    minibatches: int = 2
+    minibatches: int = 4
     """Optimiser steps per pass; each takes whole groups."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
