@@ -126,9 +126,7 @@ def with_generate(model: Qwen3ForCausalLM, work: Workload) -> None:
         drawn = output[:, width:].tolist()
         prompts = [
             [*prompt, *ids[:n], *result]
-            for prompt, ids, n, result in zip(
-                prompts, drawn, work.lengths[:, turn], work.results, strict=True
-            )
+            for prompt, ids, n, result in zip(prompts, drawn, work.lengths[:, turn], work.results, strict=True)
         ]
 
 
@@ -169,20 +167,11 @@ def main(
         f"engine: {stats.prefilled_tokens} tokens prefilled, {stats.decode_steps} decode steps, "
         f"{stats.seconds / stats.decode_steps * 1e3:.1f} ms each with their share of prefill\n"
     )
-    print(
-        f"{'medians':16}{'wall s':>9}{'tokens/s':>10}{'CPU s':>9}"
-        f"{'wall ratio':>12}{'CPU ratio':>11}"
-    )
+    print(f"{'medians':16}{'wall s':>9}{'tokens/s':>10}{'CPU s':>9}{'wall ratio':>12}{'CPU ratio':>11}")
     for name, pairs in times.items():
         wall, processor = (statistics.median(p[k] for p in pairs) for k in (0, 1))
-        ratios = [
-            statistics.median(b[k] / a[k] for a, b in zip(times["engine"], pairs, strict=True))
-            for k in (0, 1)
-        ]
-        print(
-            f"{name:16}{wall:9.2f}{work.num_tokens / wall:10.0f}{processor:9.2f}"
-            f"{ratios[0]:12.2f}{ratios[1]:11.2f}"
-        )
+        ratios = [statistics.median(b[k] / a[k] for a, b in zip(times["engine"], pairs, strict=True)) for k in (0, 1)]
+        print(f"{name:16}{wall:9.2f}{work.num_tokens / wall:10.0f}{processor:9.2f}{ratios[0]:12.2f}{ratios[1]:11.2f}")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ Query = tuple[str, Callable[[Hit], bool]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the questions and passages")
     parser.add_argument("--atlas", action="store_true", help="measure on the embedded atlas")
     parser.add_argument("--cache", type=Path, help="folder for the index")

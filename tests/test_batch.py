@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from turnwise.batch import Row, micro_batches, pack, rollout_row
+from turnwise.batch import Row, distinct_rows, micro_batches, pack, rollout_row
 from turnwise.types import Action, Rollout, Turn
 
 
@@ -65,3 +65,14 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
 def test_a_flag_or_advantage_too_few_is_refused():
     with pytest.raises(ValueError, match="2 turns, got 1 and 2"):
         rollout_row(rollout(turn((1,), (2,)), turn((3,))), [1.0], [True, True])
+
+
+def test_rows_that_say_and_earn_the_same_are_one_row_that_counts_for_all():
+    same, other_prompt, longer = row(2), row(2, (9,)), row(3)
+    played = rollout(turn((3, 4)))
+    punished = rollout_row(played, [-1.0], [True])
+    untrained = rollout_row(played, [1.0], [False])
+    merged = distinct_rows([same, longer, row(2), punished, other_prompt, row(2), untrained])
+    assert [r.count for r in merged] == [3, 1, 1, 1, 1]
+    assert pack(merged, pad_id=0).counts.tolist() == [3, 1, 1, 1, 1]
+    assert sum(r.count for r in distinct_rows([*merged, row(2)])) == 8

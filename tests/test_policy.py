@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from turnwise.batch import Row, micro_batches, pack, rollout_row
+from turnwise.batch import Row, distinct_rows, micro_batches, pack, rollout_row
 from turnwise.errors import InputError, RunError
 from turnwise.loss import policy_loss, rollout_mean_weights
 from turnwise.policy import Policy, load_policy, save_policy, tiny_policy, token_logprobs
@@ -65,10 +65,10 @@ def gradient(policy: Policy, loss: torch.Tensor) -> torch.Tensor:
 
 
 def batched_loss(policy: Policy, all_rows: list[Row], *, max_tokens: int, pad_id: int = 0) -> torch.Tensor:
-    total = torch.zeros(())
+    total, num_rows = torch.zeros(()), sum(row.count for row in all_rows)
     for batch in micro_batches(all_rows, max_tokens=max_tokens, pad_id=pad_id):
         logprobs, _ = token_logprobs(policy.model, batch, batch.loss)
-        weights = rollout_mean_weights(batch.loss, len(all_rows))[batch.loss]
+        weights = (batch.counts[:, None] * rollout_mean_weights(batch.loss, num_rows))[batch.loss]
         sampled, advantages = batch.sampling_logprobs[batch.loss], batch.advantages[batch.loss]
         total = total + policy_loss(logprobs, sampled, advantages, weights).loss
     return total
@@ -139,6 +139,15 @@ def test_micro_batches_order_and_padding_change_neither_loss_nor_gradient(tiny: 
     other = batched_loss(tiny, rows()[::-1], max_tokens=max_tokens, pad_id=pad_id)
     assert_close(other, usual)
     assert_close(gradient(tiny, other), gradient(tiny, usual), atol=1e-6, rtol=1e-4)
+
+
+def test_merging_equal_rows_changes_neither_loss_nor_gradient(tiny: Policy):
+    repeated = [row for i, row in enumerate(rows()) for _ in range(1 + i % 3)]
+    merged = distinct_rows(repeated)
+    assert (len(repeated), len(merged)) == (12, 6)
+    one, other = (batched_loss(tiny, r, max_tokens=10_000) for r in (repeated, merged))
+    assert_close(other, one)
+    assert_close(gradient(tiny, other), gradient(tiny, one), atol=1e-6, rtol=1e-4)
 
 
 # -------------------------------------------------------------------------------- checkpoints

@@ -67,6 +67,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
         "tasks_per_step": 2,
         "group_size": 3,
         "max_turn_tokens": 6,
+        "passes": 2,
+        "minibatches": 2,
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "validate_every": 2,
@@ -411,7 +413,7 @@ def test_learns_opposite_behaviour_in_the_two_turns(bpe_chat):
     """
     policy = tiny_policy(bpe_chat, seed=0, hidden=32, layers=2)
     engine = make_engine(policy)
-    config = TrainConfig(estimator="mt-grpo", learning_rate=1e-2, warmup_steps=3, minibatches=1)
+    config = TrainConfig(estimator="mt-grpo", learning_rate=1e-2, warmup_steps=3, passes=2, minibatches=1)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2, betas=(0.9, 0.99))
     task = Task(id="t", question="?", answers=("x",))
 

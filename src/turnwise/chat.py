@@ -72,7 +72,7 @@ class BPETokenizer:
         if set(self.encode_text("".join(SPECIALS))) & set(map(self.special_id, SPECIALS)):
             raise RunError(
                 f"the tokens {', '.join(SPECIALS)} must be marked special in the policy's tokenizer; they are plain "
-                "added tokens, which any text could contain; set \"special\" in tokenizer.json"
+                'added tokens, which any text could contain; set "special" in tokenizer.json'
             )
 
     def encode_text(self, text: str) -> list[int]:

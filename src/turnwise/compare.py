@@ -132,8 +132,8 @@ def _start_record(config: ReproduceConfig) -> dict[str, Any]:
 def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]:
     """The populations that a comparison reports: questions like the training ones, and held-out ones."""
     from turnwise import atlas
-    from turnwise.setting import make_setting
     from turnwise.evaluation import spread
+    from turnwise.setting import make_setting
 
     if config.tasks == ATLAS:
         return {"seen": spread(atlas.tasks("train"), size), "held-out": spread(atlas.tasks("test"), size)}
@@ -182,10 +182,7 @@ def raw_question_rates(config: TrainConfig, size: int) -> dict[str, float]:
         result = await call_tool(tools, ToolCall(name="search", arguments={"query": task.question}))
         return answer_presence(result.text, list(task.answers))
 
-    return {
-        name: sum(asyncio.run(found(task)) for task in tasks) / len(tasks)
-        for name, tasks in populations.items()
-    }
+    return {name: sum(asyncio.run(found(task)) for task in tasks) / len(tasks) for name, tasks in populations.items()}
 
 
 class _Lines:

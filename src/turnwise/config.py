@@ -121,9 +121,7 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
     """Raises ConfigError for a value of another kind than the default's, or out of bounds."""
     option, whole = name.replace("_", "-"), isinstance(getattr(TrainConfig, name), int)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise ConfigError(
-            f"{option} must be a {'whole ' if whole else ''}number; got {value!r}; give one"
-        )
+        raise ConfigError(f"{option} must be a {'whole ' if whole else ''}number; got {value!r}; give one")
     if not (math.isfinite(value) and low <= value <= high):
         bounds = f"in [{low}, {high}]" if math.isfinite(high) else f">= {low}"
         raise ConfigError(f"{option} must be {bounds}; got {value}; give such a value")
@@ -131,14 +129,10 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
 
 def _check_weights(weights: Any) -> None:
     if not isinstance(weights, dict):
-        raise ConfigError(
-            f"reward-weights must be a table of numbers by name; got {weights!r}; give one"
-        )
+        raise ConfigError(f"reward-weights must be a table of numbers by name; got {weights!r}; give one")
     for name, weight in weights.items():
         if not (isinstance(weight, int | float) and math.isfinite(weight)):
-            raise ConfigError(
-                f"reward-weights must be finite; {name} is {weight!r}; give a number"
-            )
+            raise ConfigError(f"reward-weights must be finite; {name} is {weight!r}; give a number")
 
 
 _INF = math.inf
@@ -183,8 +177,8 @@ def config_from_dict(data: Mapping[str, Any], source: str) -> TrainConfig:
     for name, value in data.items():
         if name not in fields:
             raise unknown_name(f"an option in {source}", name, fields)
-        is_path = value is not None and fields[name].type in (Path, Path | None)
-        values[name] = Path(value) if is_path else value
+        is_path = fields[name].type in (Path, Path | None)
+        values[name] = Path(value) if is_path and value is not None else value
     try:
         return TrainConfig(**values)
     except TypeError as error:

@@ -39,9 +39,7 @@ class Converted:
     """None where the file holds no passages."""
 
 
-def convert(
-    source: str | Path, out: str | Path, format: Format | Literal["auto"] = "auto"
-) -> Converted:
+def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"] = "auto") -> Converted:
     """Writes a question set's tasks to `out` and its passages, each once, to a corpus beside it.
 
     `out` ends in `.jsonl` or `.jsonl.gz`; of `x.jsonl` the corpus is `x.corpus.jsonl.gz`. The same
@@ -51,9 +49,7 @@ def convert(
     """
     source, out = Path(source), Path(out)
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(
-            f"the task file's name must end in .jsonl or .jsonl.gz; got {out.name!r}; rename it"
-        )
+        raise InputError(f"the task file's name must end in .jsonl or .jsonl.gz; got {out.name!r}; rename it")
     data = _load(source)
     kind = _recognised(data, source) if format == "auto" else format
     if kind not in _READERS:
@@ -228,16 +224,13 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("wb") as file:
-            packed = (
-                gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else file
-            )
+            packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else file
             with io.TextIOWrapper(packed, encoding="utf-8", errors="replace", newline="\n") as text:
                 text.writelines(f"{line}\n" for line in lines)
         os.replace(draft, path)
     except OSError as error:
         raise RunError(
-            f"{path} must be a file that can be written; got {error.strerror or error}; "
-            "choose another folder"
+            f"{path} must be a file that can be written; got {error.strerror or error}; choose another folder"
         ) from error
     finally:
         with contextlib.suppress(OSError):

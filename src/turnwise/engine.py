@@ -30,9 +30,7 @@ class Sampling:
                 "give 0 for greedy or 1 for the policy's own distribution"
             )
         if self.max_tokens < 1:
-            raise ConfigError(
-                f"sampling.max_tokens must be >= 1; got {self.max_tokens}; give a positive number"
-            )
+            raise ConfigError(f"sampling.max_tokens must be >= 1; got {self.max_tokens}; give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +51,7 @@ class Engine(Protocol):
     policy_version: int
     """How often the policy's weights have been replaced; written into every rollout."""
 
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable) -> Completion:
         """A completion of `prompt_ids`, the whole conversation so far.
 
         Later calls of one session begin with the ids of its earlier calls.
@@ -98,18 +94,14 @@ class ScriptedEngine:
 
     def __init__(self, replies: Replies, codec: Codec) -> None:
         if isinstance(replies, str):
-            raise ConfigError(
-                "replies must be a list, a mapping or a function; got one string; put it in a list"
-            )
+            raise ConfigError("replies must be a list, a mapping or a function; got one string; put it in a list")
         self.policy_version = 0
         self._replies = replies
         self._codec = codec
         self._scripts: dict[Hashable, Sequence[str]] = {}
         self._calls: dict[Hashable, int] = {}
 
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable) -> Completion:
         """The session's next reply and the closing token, cut at `sampling.max_tokens`."""
         reply = self._next_reply(self._codec.decode(prompt_ids), session)
         ids = (*self._codec.encode_text(reply), self._codec.end_id)

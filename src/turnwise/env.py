@@ -45,9 +45,7 @@ class ToolEnvironment:
 
     def __init__(self, task: Task, tools: Mapping[str, Tool], *, max_turns: int = 2) -> None:
         if max_turns < 1:
-            raise ConfigError(
-                f"max_turns must be >= 1; got {max_turns}; 2 allows one tool call and an answer"
-            )
+            raise ConfigError(f"max_turns must be >= 1; got {max_turns}; 2 allows one tool call and an answer")
         self._task = task
         self._tools = tools
         self._turns_left = max_turns

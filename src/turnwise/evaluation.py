@@ -186,9 +186,7 @@ def evaluate(
     limits = rollout_limits(config, policy)
     check_prompts(setting, policy, limits)
     engine = make_engine(policy)
-    pairs = play(
-        setting.validation, setting, engine, policy.chat, limits=limits, mode=mode, seed=(seed,)
-    )
+    pairs = play(setting.validation, setting, engine, policy.chat, limits=limits, mode=mode, seed=(seed,))
     evaluation = summarised(name or called, mode, pairs)
     if not evaluation.metrics:
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")

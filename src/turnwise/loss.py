@@ -73,9 +73,10 @@ def policy_loss(
 
 
 def rollout_mean_weights(loss_mask: torch.Tensor, num_rollouts: int) -> torch.Tensor:
-    """Weights (B, T) for the mean over rollouts of each rollout's mean over its trained tokens (GRPO, arXiv 2402.03300).
+    """Weights (B, T) for the mean over rollouts of each rollout's mean over its trained tokens.
 
-    `num_rollouts` counts all rollouts of the step, so that micro-batches add up to the step's loss.
+    GRPO's aggregation, arXiv 2402.03300. `num_rollouts` counts all rollouts of the step, so that micro-batches add up
+    to the step's loss.
     """
     counts = loss_mask.sum(1, keepdim=True).clamp(min=1)
     return loss_mask / (counts * num_rollouts)

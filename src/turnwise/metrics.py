@@ -119,7 +119,6 @@ def _hotpot_f1(answer: str, gold: str) -> float:
 def _at_least_one(golds: Sequence[str]) -> Sequence[str]:
     if isinstance(golds, str) or not golds:
         raise InputError(
-            f"golds must be a sequence of at least one accepted answer; got {golds!r}; "
-            "give a tuple of strings"
+            f"golds must be a sequence of at least one accepted answer; got {golds!r}; give a tuple of strings"
         )
     return golds

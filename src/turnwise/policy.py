@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -56,8 +57,8 @@ def tiny_policy(chat: Chat, *, seed: int, hidden: int = 128, layers: int = 3) ->
         bos_token_id=chat.start_id,
         eos_token_id=chat.end_id,
         pad_token_id=chat.pad_id,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     return Policy(Qwen3ForCausalLM(config), chat)
 
 
@@ -73,17 +74,16 @@ def load_policy(source: str | Path) -> Policy:
     """
     folder = embedded_checkpoint() if str(source) == EMBEDDED else Path(source)
     if not (folder / "config.json").is_file():
-        raise InputError(
-            f"policy must be {EMBEDDED!r} or a checkpoint folder with config.json; got {str(source)!r}"
-        )
+        raise InputError(f"policy must be {EMBEDDED!r} or a checkpoint folder with config.json; got {str(source)!r}")
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation="sdpa",
             local_files_only=True,
             output_loading_info=True,
         )
+        model, loading = loaded
     except Exception as error:  # safetensors, json and transformers each raise their own
         raise RunError(
             f"checkpoint {folder} must hold a whole model; it cannot be read "
@@ -164,9 +164,7 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     back = (steps[:, None] - steps[None, :]).expand(batch.num_rows, -1, -1)
     states = decoder(
         input_ids=batch.ids[:, :-1],
-        attention_mask=attention_masks(
-            model, torch.cat([in_prompt, back >= 0], 2), torch.cat([to_prompt, back], 2)
-        ),
+        attention_mask=attention_masks(model, torch.cat([in_prompt, back >= 0], 2), torch.cat([to_prompt, back], 2)),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
@@ -183,7 +181,9 @@ def token_logprobs(
     projection runs at these positions alone.
     """
     states = token_states(model, batch)[where]
-    logits = model.get_output_embeddings()(states).float() / temperature
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output layer"
+    logits = head(states).float() / temperature
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, batch.ids[where][:, None])[:, 0], entropy

@@ -86,17 +86,13 @@ def score(
     )
 
 
-def _weights(
-    weights: Mapping[str, float], functions: Mapping[str, RewardFunction]
-) -> dict[str, float]:
+def _weights(weights: Mapping[str, float], functions: Mapping[str, RewardFunction]) -> dict[str, float]:
     """The nonzero weights, the functions' included."""
     for name, weight in weights.items():
         if name not in PAPER_WEIGHTS and name not in functions:
             raise unknown_name("a reward component", name, [*PAPER_WEIGHTS, *functions])
         if not math.isfinite(weight):
-            raise ConfigError(
-                f"the weight of {name} must be finite; got {weight}; give 0 to leave it out"
-            )
+            raise ConfigError(f"the weight of {name} must be finite; got {weight}; give 0 to leave it out")
     return {n: w for n, w in {**dict.fromkeys(functions, 1.0), **weights}.items() if w != 0}
 
 
@@ -210,9 +206,7 @@ def load_rewards(path: str | Path) -> dict[str, RewardFunction]:
     return functions
 
 
-def _turn_values(
-    name: str, function: RewardFunction, task: Task, rollout: Rollout
-) -> list[float | None]:
+def _turn_values(name: str, function: RewardFunction, task: Task, rollout: Rollout) -> list[float | None]:
     values = _called(name, function, task, rollout)
     if not isinstance(values, list | tuple) or len(values) != len(rollout.turns):
         came = f"{len(values)} values" if isinstance(values, list | tuple) else repr(values)

@@ -72,8 +72,8 @@ async def run_rollout(
         )
     if len(prompt) + limits.max_turn_tokens > limits.context:
         raise InputError(
-            f"the prompt of task {task.id!r} must leave room for a turn of {limits.max_turn_tokens} tokens in a context "
-            f"of {limits.context}; it has {len(prompt)} tokens; shorten it, or lower max_turn_tokens"
+            f"the prompt of task {task.id!r} must leave room for a turn of {limits.max_turn_tokens} tokens in a "
+            f"context of {limits.context}; it has {len(prompt)} tokens; shorten it, or lower max_turn_tokens"
         )
     ids = list(prompt)
     turns: list[Turn] = []

@@ -89,8 +89,8 @@ def read_config(path: Path) -> TrainConfig:
         raise RunError(f"{path} must be a run directory; its config.json holds no configuration; name a run")
     if record.get("format") != FORMAT:
         raise RunError(
-            f"{file} must have format {FORMAT}; got {record.get('format')!r}; use the version of turnwise that wrote it "
-            f"({record.get('turnwise', 'unknown')})"
+            f"{file} must have format {FORMAT}; got {record.get('format')!r}; use the version of turnwise that "
+            f"wrote it ({record.get('turnwise', 'unknown')})"
         )
     return config_from_dict(record["config"], str(file))
 

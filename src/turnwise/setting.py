@@ -99,7 +99,7 @@ def _tasks(config: TrainConfig) -> tuple[Sequence[Task], Sequence[Task]]:
         train = [task for task in train if task.id not in held]
     if not train or not validation:
         raise InputError(
-            f"there must be questions to train and to validate on; got {len(train)} and {len(validation)}; give a larger "
-            "file, or name --validation-tasks"
+            f"there must be questions to train and to validate on; got {len(train)} and {len(validation)}; give "
+            "a larger file, or name --validation-tasks"
         )
     return train, validation

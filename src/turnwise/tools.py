@@ -29,9 +29,7 @@ ERROR_CAP = 400
 """Most characters of an error's text where no tool's own cap applies."""
 
 _TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
-_SECTION = re.compile(
-    r"^(Args|Arguments|Parameters|Returns?|Raises|Yields?|Examples?|Notes?|References):\s*$", re.M
-)
+_SECTION = re.compile(r"^(Args|Arguments|Parameters|Returns?|Raises|Yields?|Examples?|Notes?|References):\s*$", re.M)
 _ARGUMENT = re.compile(r"^(\w+)\s*(?:\([^)]*\))?:\s*(.*)$")
 
 
@@ -69,9 +67,7 @@ def tool(function: Callable[..., Any], *, result_cap: int = 2000) -> Tool:
     doc = inspect.getdoc(function) if function.__doc__ else None
     description = _description(doc or "")
     if not description:
-        raise ConfigError(
-            f"tool {name!r} must have a docstring; got none; say in one line what it returns"
-        )
+        raise ConfigError(f"tool {name!r} must have a docstring; got none; say in one line what it returns")
     return Tool(
         name=name,
         description=description,
@@ -123,8 +119,7 @@ def _parameters(function: Callable[..., Any], texts: Mapping[str, str]) -> Schem
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(
-                f"tool {name!r} must take named parameters only; got {str(parameter)!r}; "
-                "write each parameter out"
+                f"tool {name!r} must take named parameters only; got {str(parameter)!r}; write each parameter out"
             )
         if parameter.name not in hints:
             raise ConfigError(
@@ -202,9 +197,7 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
     return ToolResult(text=text, duration_s=duration)
 
 
-def error_result(
-    error: str, text: str, *, cap: int = ERROR_CAP, duration_s: float = 0.0
-) -> ToolResult:
+def error_result(error: str, text: str, *, cap: int = ERROR_CAP, duration_s: float = 0.0) -> ToolResult:
     """A failed call's result: `Error: ` and the reason, on at most `cap` characters."""
     shown = capped(_encodable(ERROR_PREFIX + text), max(cap, len(ERROR_PREFIX)))
     return ToolResult(text=shown, error=error, duration_s=duration_s)
@@ -307,9 +300,7 @@ def load_tools(path: str | Path) -> dict[str, Tool]:
     module = load_module(path)
     listed = getattr(module, "TOOLS", None)
     if listed is not None and not isinstance(listed, list | tuple):
-        raise ConfigError(
-            f"TOOLS in {path} must be a list; got {type(listed).__name__}; list the tool functions"
-        )
+        raise ConfigError(f"TOOLS in {path} must be a list; got {type(listed).__name__}; list the tool functions")
     found = public_functions(module) if listed is None else listed
     tools = tool_mapping(t if isinstance(t, Tool) else tool(t) for t in found)
     if not tools:
@@ -325,9 +316,7 @@ def tool_mapping(tools: Iterable[Tool]) -> dict[str, Tool]:
     mapping: dict[str, Tool] = {}
     for entry in tools:
         if entry.name in mapping:
-            raise ConfigError(
-                f"tools must have different names; got two named {entry.name!r}; rename one"
-            )
+            raise ConfigError(f"tools must have different names; got two named {entry.name!r}; rename one")
         mapping[entry.name] = entry
     return mapping
 
@@ -337,9 +326,7 @@ def public_functions(module: types.ModuleType) -> list[Callable[..., Any]]:
     return [
         value
         for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and value.__module__ == module.__name__
-        and not name.startswith("_")
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
     ]
 
 
@@ -362,9 +349,7 @@ def load_module(path: str | Path) -> types.ModuleType:
     try:
         exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except SyntaxError as error:
-        raise InputError(
-            f"{path} must be valid Python; line {error.lineno}: {error.msg}; correct the file"
-        ) from error
+        raise InputError(f"{path} must be valid Python; line {error.lineno}: {error.msg}; correct the file") from error
     except Exception as error:
         text = " ".join(str(error).split())
         raise InputError(

@@ -191,9 +191,7 @@ class _Run:
         )
         rolled = time.perf_counter()
         rollouts = [
-            self.setting.scored(task, rollout)
-            for task, group in zip(tasks, groups, strict=True)
-            for rollout in group
+            self.setting.scored(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group
         ]
         kept = [r for r in rollouts if r.stop != "error"]
         if not kept:
@@ -281,9 +279,7 @@ def estimate(config: TrainConfig, table: TurnTable) -> Credit:
     return ESTIMATORS[config.estimator](table, **parameters.get(config.estimator, {}))
 
 
-def training_rows(
-    rollouts: Sequence[Rollout], table: TurnTable, credit: Credit
-) -> list[tuple[int, Row]]:
+def training_rows(rollouts: Sequence[Rollout], table: TurnTable, credit: Credit) -> list[tuple[int, Row]]:
     """Each rollout's group and its row."""
     by_rollout = np.split(credit.advantages, np.cumsum(np.bincount(table.rollout))[:-1])
     return [
@@ -329,7 +325,7 @@ def _optimise(
     Entropy, clip fraction and shift are means over the computed rows, absent where there are none.
     """
     live = distinct_rows(row for row in rows if reference or np.any(row.advantages[row.loss]))
-    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "policy_shift", "entropy"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "clip_fraction", "policy_shift", "entropy"), 0.0)
     weighed = 0.0
     for batch in micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id):
         for name, value in _backward(policy, batch, len(rows), config, reference).items():
@@ -338,8 +334,8 @@ def _optimise(
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
     if not math.isfinite(norm):
         raise RunError(
-            f"the gradient must be finite; its norm is {float(norm)}; lower --learning-rate, and --resume from the last "
-            "checkpoint or start anew"
+            f"the gradient must be finite; its norm is {float(norm)}; lower --learning-rate, and --resume from the "
+            "last checkpoint or start anew"
         )
     if live:
         optimizer.step()
@@ -360,9 +356,7 @@ def _backward(
     ref_logprobs = None
     if reference:
         with torch.no_grad():
-            ref_logprobs, _ = token_logprobs(
-                reference.model, batch, batch.loss, temperature=config.temperature
-            )
+            ref_logprobs, _ = token_logprobs(reference.model, batch, batch.loss, temperature=config.temperature)
     parts = policy_loss(
         logprobs,
         batch.sampling_logprobs[batch.loss],
@@ -390,10 +384,7 @@ def _reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Each component's mean over rollouts (turns of a rollout summed), and the whole return's."""
     names = dict.fromkeys(n for r in rollouts for part in (*r.turn_rewards, r.outcome_rewards) for n in part)
     totals = {
-        name: [
-            sum(turn.get(name, 0.0) for turn in r.turn_rewards) + r.outcome_rewards.get(name, 0.0)
-            for r in rollouts
-        ]
+        name: [sum(turn.get(name, 0.0) for turn in r.turn_rewards) + r.outcome_rewards.get(name, 0.0) for r in rollouts]
         for name in names
     }
     means = {f"reward/{name}": float(np.mean(values)) for name, values in totals.items()}

@@ -123,7 +123,7 @@ class Subject:
 
 
 KNOWN_SHARE = 0.0625
-"""The share of training entities whose facts the policy learns by heart: a quarter of those that training asks about."""
+"""The share of training entities whose facts are learned by heart: a quarter of those that training asks about."""
 
 
 def is_known(entity: atlas.Entity) -> bool:
@@ -275,9 +275,7 @@ class Demonstrator:
         )
 
     def _read(self, subject: Subject, about: Subject) -> str:
-        others = [
-            v for r, v in about.values.items() if about is not subject or r != subject.relation
-        ]
+        others = [v for r, v in about.values.items() if about is not subject or r != subject.relation]
         if about is subject and (not others or self._happens(self.habits.reads_right)):
             return subject.answer
         return self.rng.choice(others)

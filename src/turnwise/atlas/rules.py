@@ -140,11 +140,7 @@ def _unique(of: World) -> Iterator[str]:
 
 def _capitals(of: World) -> Iterator[str]:
     """Facts that put the capital of one country into another."""
-    capitals = {
-        e.values["capital"]: e.name
-        for e in of.entities
-        if e.kind == "country" and "capital" in e.values
-    }
+    capitals = {e.values["capital"]: e.name for e in of.entities if e.kind == "country" and "capital" in e.values}
     for entity in of.entities:
         for city, country in _CITY_AND_COUNTRY:
             place, land = entity.values.get(city), entity.values.get(country)
@@ -167,8 +163,7 @@ def _determined(of: World) -> Iterator[str]:
                 first, name = seen.setdefault(key, (value, entity.name))
                 if first != value:
                     yield (
-                        f"{entity.kind} {entity.name!r}: {other} of {key[1]!r} is {value!r}, "
-                        f"but {first!r} for {name!r}"
+                        f"{entity.kind} {entity.name!r}: {other} of {key[1]!r} is {value!r}, but {first!r} for {name!r}"
                     )
 
 

@@ -163,8 +163,7 @@ def with_splits(world: World) -> World:
     for split, share in _HELD_OUT:
         splits |= dict.fromkeys(_held_out(world, share, splits, mentioned_by), split)
     chosen = tuple(
-        Entity(name=e.name, kind=e.kind, values=e.values, split=splits.get(e.name, "train"))
-        for e in world.entities
+        Entity(name=e.name, kind=e.kind, values=e.values, split=splits.get(e.name, "train")) for e in world.entities
     )
     return World(world.kinds, chosen)
 
@@ -175,9 +174,7 @@ def check_split(split: str) -> None:
         raise unknown_name("split", split, SPLITS)
 
 
-def _held_out(
-    world: World, share: float, taken: Mapping[str, Split], mentioned_by: Mapping[str, set[str]]
-) -> set[str]:
+def _held_out(world: World, share: float, taken: Mapping[str, Split], mentioned_by: Mapping[str, set[str]]) -> set[str]:
     """The names that fill `share` of every kind, each with all that mention it and are not taken.
 
     What mentions a free name is never pinned to train: what a pinned one mentions is pinned too.
@@ -208,9 +205,7 @@ def _mention_graph(world: World) -> dict[str, set[str]]:
 
 def _mentioned_in_wording(world: World) -> set[str]:
     finder = Mentions(e.name for e in world.entities)
-    return set().union(
-        *(finder.find(text) for kind in world.kinds.values() for text in wording(kind))
-    )
+    return set().union(*(finder.find(text) for kind in world.kinds.values() for text in wording(kind)))
 
 
 def wording(kind: Kind) -> list[str]:

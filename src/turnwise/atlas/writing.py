@@ -65,9 +65,7 @@ def articles(of: World | None = None) -> list[Article]:
     ]
 
 
-def tasks(
-    split: Split, *, hops: Literal[1, 2] = 1, phrasing: Phrasing = "one", of: World | None = None
-) -> list[Task]:
+def tasks(split: Split, *, hops: Literal[1, 2] = 1, phrasing: Phrasing = "one", of: World | None = None) -> list[Task]:
     """The questions about a split's entities, in table order.
 
     One hop asks for a value of the entity; two hops ask for a value of the entity that a value of
@@ -114,9 +112,7 @@ def _two_hop(of: World, entity: Entity, by_name: Mapping[str, Entity]) -> Iterat
             yield _wordings(entity, relations, phrase, linked)
 
 
-def _wordings(
-    entity: Entity, relations: tuple[Relation, ...], subject: str, holder: Entity
-) -> list[Task]:
+def _wordings(entity: Entity, relations: tuple[Relation, ...], subject: str, holder: Entity) -> list[Task]:
     """The task in every wording of the last relation: asks about `subject`, `holder` answers."""
     names = [relation.name for relation in relations]
     hops = len(relations)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
 
@@ -17,17 +16,17 @@ from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
 class Stream:
     """One normalised quantity: what each turn's value was compared with, and what came out."""
 
-    value: Float[np.ndarray, "N"]
-    baseline: Float[np.ndarray, "N"]
+    value: Turns
+    baseline: Turns
     """The group's mean."""
-    advantage: Float[np.ndarray, "N"]
+    advantage: Turns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Credit:
     """Turn advantages and the streams behind them, rows as in the table."""
 
-    advantages: Float[np.ndarray, "N"]
+    advantages: Turns
     streams: Mapping[str, Stream]
 
 
@@ -128,7 +127,7 @@ def mt_grpo(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float =
     return Credit(advantages=advantages, streams=streams)
 
 
-def turn_index_keys(table: TurnTable) -> Int[np.ndarray, "N"]:
+def turn_index_keys(table: TurnTable) -> TurnKeys:
     """A key per turn that is shared by the turns of one group at one index."""
     _, group = np.unique(table.group, return_inverse=True)  # small numbers, whatever the caller's are
     return group * (int(table.index.max()) + 1) + table.index
@@ -137,7 +136,7 @@ def turn_index_keys(table: TurnTable) -> Int[np.ndarray, "N"]:
 def reward_to_go(turns: Turns, final: Rollouts, table: TurnTable, *, discount: float) -> Turns:
     """Each turn's own number plus the discounted rest of its rollout.
 
-        Gₖ = xₖ + discount · Gₖ₊₁,    G_K = x_K + final   for the last turn K
+    Gₖ = xₖ + discount · Gₖ₊₁,    G_K = x_K + final   for the last turn K
     """
     out = turns.astype(float).copy()
     out[table.last] += final

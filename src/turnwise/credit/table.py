@@ -16,21 +16,23 @@ TurnKeys = Int[np.ndarray, "N"]
 """One whole number per turn."""
 Rollouts = Float[np.ndarray, "R"]
 """One number per rollout."""
+RolloutKeys = Int[np.ndarray, "R"]
+"""One whole number per rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnTable:
     """The turns of a step. Rows are sorted by rollout and, within a rollout, by turn index."""
 
-    rollout: Int[np.ndarray, "N"]
+    rollout: TurnKeys
     """Which rollout a turn belongs to, 0 .. R-1."""
-    index: Int[np.ndarray, "N"]
+    index: TurnKeys
     """The turn's place in its rollout, from 0."""
-    group: Int[np.ndarray, "N"]
+    group: TurnKeys
     """Which group the turn's rollout belongs to."""
-    turn_rewards: Mapping[str, Float[np.ndarray, "N"]]
+    turn_rewards: Mapping[str, Turns]
     """Reward components paid at the end of a turn; NaN where absent."""
-    outcome_rewards: Mapping[str, Float[np.ndarray, "R"]]
+    outcome_rewards: Mapping[str, Rollouts]
     """Reward components paid at the end of a rollout; NaN where absent."""
 
     def __post_init__(self) -> None:
@@ -66,12 +68,12 @@ class TurnTable:
         return int(self.rollout[-1]) + 1
 
     @property
-    def last(self) -> Int[np.ndarray, "R"]:
+    def last(self) -> RolloutKeys:
         """The row of each rollout's last turn."""
         return np.append(np.flatnonzero(np.diff(self.rollout)), len(self.rollout) - 1)
 
     @property
-    def rollout_group(self) -> Int[np.ndarray, "R"]:
+    def rollout_group(self) -> RolloutKeys:
         """The group of each rollout."""
         return self.group[self.last]
 

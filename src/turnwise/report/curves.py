@@ -87,9 +87,7 @@ def styles(runs: Sequence[Run]) -> dict[str, int]:
     paper = list(PAPER_NAMES)
     others = [name for name in estimator_order(runs) if name not in paper]
     return {
-        name: paper.index(name)
-        if name in paper
-        else len(paper) + others.index(name) % (STYLES - len(paper))
+        name: paper.index(name) if name in paper else len(paper) + others.index(name) % (STYLES - len(paper))
         for name in estimator_order(runs)
     }
 
@@ -158,9 +156,7 @@ def figures(all_charts: Sequence[Chart]) -> str:
     steps = [x for s in series for points in (*s.seeds, s.validation) for x, _ in points]
     end = max(steps, default=1.0) or 1.0
     by_turn = [c for c in all_charts if "/turn_" in c.metric]
-    return "".join(
-        _figure(c, value_range(by_turn if c in by_turn else [c]), end) for c in all_charts
-    )
+    return "".join(_figure(c, value_range(by_turn if c in by_turn else [c]), end) for c in all_charts)
 
 
 def hover_data(all_charts: Sequence[Chart]) -> list[dict[str, Any]]:

@@ -114,8 +114,7 @@ class _Reader:
                     continue
                 if not isinstance(value, dict):
                     raise InputError(
-                        f"{place} must hold a JSON object; got {type(value).__name__}; "
-                        "repair or delete the line"
+                        f"{place} must hold a JSON object; got {type(value).__name__}; repair or delete the line"
                     )
                 yield place, start, value
         if pending is not None:
@@ -187,15 +186,12 @@ def _metric_lines(reader: _Reader) -> tuple[MetricLine, ...]:
         found[line.step, line.split] = line
     if not found:
         raise RunError(
-            f"{reader.path} must hold at least one line; it has none; "
-            "wait for the run's first step, or train again"
+            f"{reader.path} must hold at least one line; it has none; wait for the run's first step, or train again"
         )
     if non_finite:
         reader.notes.append(f"metrics.jsonl: {non_finite} values are not finite and left out.")
     if repeated:
-        reader.notes.append(
-            f"metrics.jsonl: {repeated} lines stand there again, after a resume; the later counts."
-        )
+        reader.notes.append(f"metrics.jsonl: {repeated} lines stand there again, after a resume; the later counts.")
     return tuple(sorted(found.values(), key=lambda line: line.step))
 
 
@@ -207,10 +203,7 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(
-                f"{place}: metrics.{name} must be a number; got {value!r}; "
-                "repair or delete the line"
-            )
+            raise InputError(f"{place}: metrics.{name} must be a number; got {value!r}; repair or delete the line")
         if math.isfinite(value):
             metrics[name] = float(value)
         else:
@@ -269,15 +262,13 @@ def _rollout_line(data: dict[str, Any], place: str) -> RolloutLine:
             rollout=rollout,
             advantages=_per_turn(data.get("advantages"), float),
             baselines={
-                str(name): tuple(float(v) for v in values)
-                for name, values in (data.get("baselines") or {}).items()
+                str(name): tuple(float(v) for v in values) for name, values in (data.get("baselines") or {}).items()
             },
             loss_mask=_per_turn(data.get("loss_mask"), bool),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{place} must be a recorded rollout; {type(error).__name__}: {error}; "
-            "repair or delete the line"
+            f"{place} must be a recorded rollout; {type(error).__name__}: {error}; repair or delete the line"
         ) from error
     _check_lengths(line, place)
     return line
@@ -315,9 +306,7 @@ def _field(data: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
     value = data.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         got = "nothing" if value is None else repr(value)
-        raise InputError(
-            f"{place}: {name} must be of type {kind.__name__}; got {got}; repair or delete the line"
-        )
+        raise InputError(f"{place}: {name} must be of type {kind.__name__}; got {got}; repair or delete the line")
     return value
 
 

@@ -137,9 +137,7 @@ def table_notes(runs: Sequence[Run]) -> list[str]:
         if len(set(seeds)) < len(seeds):
             notes.append(f"{title}: some runs share a seed, so the range is not over seeds alone.")
         if any(len(r.of_split("validation")) < 2 for r in ours):
-            notes.append(
-                f"{title}: a run has fewer than two validation lines, so no start or no end."
-            )
+            notes.append(f"{title}: a run has fewer than two validation lines, so no start or no end.")
     ends = {run.lines[-1].step for run in runs}
     if len(ends) > 1:
         notes.append(f"The runs end at different steps, {min(ends)} to {max(ends)}.")

@@ -75,9 +75,7 @@ def _groups_of_run(run: Run) -> Iterator[tuple[int, Group]]:
 def _num_chars(line: RolloutLine) -> int:
     results = [t.result.text if t.result else "" for t in line.rollout.turns]
     texts = [t.text for t in line.rollout.turns]
-    return sum(min(len(t), TURN_CHARS) for t in texts) + sum(
-        min(len(t), RESULT_CHARS) for t in results
-    )
+    return sum(min(len(t), TURN_CHARS) for t in texts) + sum(min(len(t), RESULT_CHARS) for t in results)
 
 
 def colour_scale(shown: Sequence[Group]) -> float:
@@ -105,10 +103,7 @@ def section(shown: Sequence[Group]) -> str:
 
 def _legend(scale: float) -> str:
     stops = [-1.0, -0.5, 0.0, 0.5, 1.0]
-    boxes = "".join(
-        f'<span class="key {_sign(s)}" style="--w:{abs(s):.2f}">{signed(s * scale)}</span>'
-        for s in stops
-    )
+    boxes = "".join(f'<span class="key {_sign(s)}" style="--w:{abs(s):.2f}">{signed(s * scale)}</span>' for s in stops)
     return (
         '<p class="scale"><span>less likely</span>'
         f'<span class="keys" role="img" aria-label="colour scale of the advantage">{boxes}</span>'
@@ -138,9 +133,7 @@ def _group(group: Group, opened: bool, scale: float) -> str:
     alike: dict[Hashable, list[int]] = {}
     for i in order[:MAX_GROUP]:
         alike.setdefault(_content(group.lines[i]), []).append(i)
-    cards = "".join(
-        _card(group.lines[same[0]], why[same[0]], scale, len(same)) for same in alike.values()
-    )
+    cards = "".join(_card(group.lines[same[0]], why[same[0]], scale, len(same)) for same in alike.values())
     title = f"{estimator_title(run.estimator)}, seed {run.seed}"
     question = one_line(shortened(first.task.question, 1_000))
     golds = ", ".join(first.task.answers[:5]) + (" …" if len(first.task.answers) > 5 else "")
@@ -212,9 +205,7 @@ def _verdict(line: RolloutLine, count: int) -> str:
 
 def _sum_text(line: RolloutLine) -> str:
     parts = [
-        f"turn {k + 1} {number(turn_reward(line, k))}"
-        for k, rewards in enumerate(line.rollout.turn_rewards)
-        if rewards
+        f"turn {k + 1} {number(turn_reward(line, k))}" for k, rewards in enumerate(line.rollout.turn_rewards) if rewards
     ]
     return " + ".join([*parts, f"outcome {number(outcome_reward(line))}"])
 

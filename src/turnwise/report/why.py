@@ -68,9 +68,7 @@ def reasons(group: Sequence[RolloutLine], config: Mapping[str, Any]) -> list[lis
     ]
 
 
-def _explanation(
-    group: Sequence[RolloutLine], config: Mapping[str, Any]
-) -> Sequence[Sequence[Comparisons]] | None:
+def _explanation(group: Sequence[RolloutLine], config: Mapping[str, Any]) -> Sequence[Sequence[Comparisons]] | None:
     """The comparisons of each rollout and turn; None where they do not give the advantages."""
     terms = _TERMS.get(str(config.get("estimator")))
     if terms is None:
@@ -141,9 +139,7 @@ def _no_std(values: np.ndarray) -> float:
     return 1.0
 
 
-def _comparison(
-    i: int, term: Term, streams: Streams, scale: Callable[[np.ndarray], float]
-) -> Comparison | None:
+def _comparison(i: int, term: Term, streams: Streams, scale: Callable[[np.ndarray], float]) -> Comparison | None:
     """Rollout `i` compared in one stream; None where the whole group has the same there."""
     stream, weight = term
     values = streams.get(stream, {})
@@ -208,9 +204,7 @@ def _fraction(c: Comparison) -> str:
 
 def _facts(line: RolloutLine, turn: int) -> str:
     """What is known of a turn whose advantage is not recomputed: its rewards and its baselines."""
-    rest = outcome_reward(line) + math.fsum(
-        turn_reward(line, k) for k in range(turn, len(line.rollout.turns))
-    )
+    rest = outcome_reward(line) + math.fsum(turn_reward(line, k) for k in range(turn, len(line.rollout.turns)))
     own = f"own reward {number(turn_reward(line, turn))}, from here on {number(rest)}"
     bases = [f"baseline {name} {number(values[turn])}" for name, values in line.baselines.items()]
     head = "" if line.advantages is None else f"{signed(line.advantages[turn])}: "

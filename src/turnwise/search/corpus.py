@@ -85,10 +85,7 @@ def corpus_files(path: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not found:
-        raise InputError(
-            f"{path} must hold text files ({', '.join(TEXT_SUFFIXES)}); it has none; "
-            "check the folder"
-        )
+        raise InputError(f"{path} must hold text files ({', '.join(TEXT_SUFFIXES)}); it has none; check the folder")
     return found
 
 

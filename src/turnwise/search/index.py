@@ -65,9 +65,7 @@ class Hit:
 class SearchIndex:
     """Searchable articles: `SearchIndex(articles)` in memory, `build` and `open` in a folder."""
 
-    def __init__(
-        self, articles: Iterable[ArticleLike], *, title_boost: float = TITLE_BOOST
-    ) -> None:
+    def __init__(self, articles: Iterable[ArticleLike], *, title_boost: float = TITLE_BOOST) -> None:
         self._use(tantivy.Index(_schema()), title_boost)
         self._insert(articles)
 
@@ -88,8 +86,7 @@ class SearchIndex:
         folder = Path(folder)
         if folder.exists() and not (folder / MANIFEST).is_file():
             raise RunError(
-                f"{folder} must be free or hold a search index; it holds something else; "
-                "give another folder"
+                f"{folder} must be free or hold a search index; it holds something else; give another folder"
             )
         with _index_errors(f"{folder} must be a folder that can be written", "choose another"):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -182,10 +179,7 @@ class SearchIndex:
         seen: set[str] = set()
         for article in articles:
             if article.id in seen or self._searcher.doc_freq("id", _encodable(article.id)):
-                raise InputError(
-                    f"an article's id must be unique in the index; got {article.id!r} twice; "
-                    "rename one"
-                )
+                raise InputError(f"an article's id must be unique in the index; got {article.id!r} twice; rename one")
             seen.add(article.id)
             yield article
 
@@ -196,9 +190,7 @@ class SearchIndex:
         parts = [tantivy.Query.term_query(self._index.schema, "all", t, "freq") for t in terms]
         parts += self._title_parts(query, terms)
         either = tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts])
-        with _index_errors(
-            f"{self._folder or 'the index'} must be a whole index", "build it again"
-        ):
+        with _index_errors(f"{self._folder or 'the index'} must be a whole index", "build it again"):
             found = self._best(either, k)
             hits = [_hit(self._searcher.doc(address), score) for score, address in found]
         return tuple(sorted(hits, key=lambda hit: (-hit.score, hit.id))[:k])
@@ -239,9 +231,7 @@ class SearchIndex:
 # ----------------------------------------------------------------------- the corpus's index
 
 
-def open_index(
-    spec: str | Path, *, cache: str | Path | None = None, title_boost: float = TITLE_BOOST
-) -> SearchIndex:
+def open_index(spec: str | Path, *, cache: str | Path | None = None, title_boost: float = TITLE_BOOST) -> SearchIndex:
     """The index of a corpus (see `load_corpus`): the atlas's in memory, others from a cache folder.
 
     `cache` is by default `turnwise` in the user's cache folder. An index there is reused as long as
@@ -257,9 +247,7 @@ def open_index(
     index = _reusable(folder, fingerprint, title_boost)
     if index is None:
         articles = load_corpus(spec)
-        index = SearchIndex.build(
-            articles, folder, title_boost=title_boost, fingerprint=fingerprint
-        )
+        index = SearchIndex.build(articles, folder, title_boost=title_boost, fingerprint=fingerprint)
     index._cached_corpus = True
     return index
 
@@ -316,8 +304,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return {name: manifest[name] for name in ("format", "fingerprint", "files")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{folder} must be a search index with a readable {MANIFEST}; "
-            f"got {type(error).__name__}; build it again"
+            f"{folder} must be a search index with a readable {MANIFEST}; got {type(error).__name__}; build it again"
         ) from error
 
 
@@ -325,16 +312,12 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
     """RunError where a file is not as it was written; one that is gone is left to tantivy."""
     if manifest["format"] != FORMAT:
         raise RunError(
-            f"{folder} must be a search index of format {FORMAT}; got {manifest['format']!r}; "
-            "build it again"
+            f"{folder} must be a search index of format {FORMAT}; got {manifest['format']!r}; build it again"
         )
     for name, checksum in manifest["files"].items():
         file = folder / name
         if file.is_file() and _checksum(file) != checksum:
-            raise RunError(
-                f"{folder} must be a search index as it was built; {name} has changed; "
-                "build it again"
-            )
+            raise RunError(f"{folder} must be a search index as it was built; {name} has changed; build it again")
 
 
 def _checksum(file: Path) -> list[int]:
@@ -398,9 +381,7 @@ def _document(article: ArticleLike) -> tantivy.Document:
 
 def _hit(document: tantivy.Document, score: float) -> Hit:
     name, title, text = (document.get_first(field) for field in ("id", "title", "text"))
-    return Hit(
-        id=name or "", title=(title or b"").decode(), text=(text or b"").decode(), score=score
-    )
+    return Hit(id=name or "", title=(title or b"").decode(), text=(text or b"").decode(), score=score)
 
 
 def _words() -> tantivy.TextAnalyzerBuilder:

@@ -37,9 +37,7 @@ class RequestError(Exception):
         self.status = status
 
 
-def serve_search(
-    index: SearchIndex, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, k: int = 3
-) -> None:
+def serve_search(index: SearchIndex, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, k: int = 3) -> None:
     """Answers searches until interrupted; RunError where the port cannot be had."""
     with search_server(index, host=host, port=port, k=k) as server:
         try:
@@ -68,8 +66,7 @@ def search_server(
         server = ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise RunError(
-            f"the search server must be able to listen on {host}:{port}; got {error.strerror}; "
-            "choose another port"
+            f"the search server must be able to listen on {host}:{port}; got {error.strerror}; choose another port"
         ) from error
     server.daemon_threads = True
     return server

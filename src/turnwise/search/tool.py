@@ -31,9 +31,7 @@ def search_tool(index: SearchIndex, *, k: int = 1, cap: int = RESULT_CAP) -> Too
     return tool(search, result_cap=cap)
 
 
-def remote_search_tool(
-    url: str, *, k: int = 1, timeout_s: float = 10.0, cap: int = RESULT_CAP
-) -> Tool:
+def remote_search_tool(url: str, *, k: int = 1, timeout_s: float = 10.0, cap: int = RESULT_CAP) -> Tool:
     """The same tool over a search server: `turnwise serve-search`, or Search-R1's.
 
     `url` is the server's address, with or without `/retrieve`. A server that fails, is too slow or
