@@ -40,9 +40,7 @@ def z(values: Sequence[float]) -> np.ndarray:
     return (array - array.mean()) / array.std(ddof=1)
 
 
-def write_run(
-    path: Path, *, estimator: str, seed: int, steps: int = 60, rollouts: bool = True
-) -> Path:
+def write_run(path: Path, *, estimator: str, seed: int, steps: int = 60, rollouts: bool = True) -> Path:
     """One run directory at `path`."""
     path.mkdir(parents=True)
     rng = np.random.default_rng([seed, *estimator.encode()])
@@ -101,9 +99,7 @@ def metric_lines(estimator: str, steps: int, rng: np.random.Generator) -> list[d
             lines.append({"step": step, "split": "train", "wall_s": 2.5 * step, "metrics": metrics})
         if step % 15 == 0:
             kept = {k: v for k, v in metrics.items() if not k.startswith(("abs_", "kl", "dead"))}
-            lines.append(
-                {"step": step, "split": "validation", "wall_s": 2.6 * step, "metrics": kept}
-            )
+            lines.append({"step": step, "split": "validation", "wall_s": 2.6 * step, "metrics": kept})
     return lines
 
 
@@ -153,9 +149,7 @@ def advantages(estimator: str, rollouts: Sequence[Rollout]) -> list[list[float]]
     return [[f + o, o][: len(r.turns)] for f, o, r in both]
 
 
-def a_rollout(
-    fact: tuple, group: int, call: float, read: float, rng: np.random.Generator
-) -> Rollout:
+def a_rollout(fact: tuple, group: int, call: float, read: float, rng: np.random.Generator) -> Rollout:
     """One rollout of at most two turns, rewarded with the paper's constants."""
     _, answers, title, article, values, _ = fact
     draw, name = rng.random(), str(rng.choice(values[:2]))
@@ -167,9 +161,7 @@ def a_rollout(
         text = f"<reasoning>\nI should look up {title}.\n</reasoning>\n<tool>\n{query}\n</tool>"
         result = ToolResult(text=f"{title}\n{article}") if good else ToolResult(
             text="Error: the call must be JSON with a name and args", error="parse")  # fmt: skip
-        turns.append(
-            a_turn(text, rng, tool_call=ToolCall(name="search", arguments=None), result=result)
-        )
+        turns.append(a_turn(text, rng, tool_call=ToolCall(name="search", arguments=None), result=result))
         rewards.append({"tool_execution": 0.2, "answer_in_results": 0.5} if good else {})
         right = good and rng.random() < read
     else:
@@ -183,9 +175,7 @@ def a_rollout(
                    stop="answer", turn_rewards=tuple(rewards), outcome_rewards=outcome)  # fmt: skip
 
 
-def a_turn(
-    text: str, rng: np.random.Generator, result: ToolResult | None = None, **action: Any
-) -> Turn:
+def a_turn(text: str, rng: np.random.Generator, result: ToolResult | None = None, **action: Any) -> Turn:
     ids = tuple(int(i) for i in rng.integers(0, 4000, 3 + len(text) // 4))
     return Turn(action_ids=ids, sampling_logprobs=(-0.5,) * len(ids), text=text,
                 action=Action(**action), result=result)  # fmt: skip

@@ -87,9 +87,7 @@ def with_value(name: str, relation: str, value: str) -> atlas.World:
 
 
 def with_entity(name: str, change: Callable[[atlas.Entity], dict]) -> atlas.World:
-    entities = (
-        dataclasses.replace(e, **change(e)) if e.name == name else e for e in SMALL.entities
-    )
+    entities = (dataclasses.replace(e, **change(e)) if e.name == name else e for e in SMALL.entities)
     return atlas.World(KINDS, tuple(entities))
 
 
@@ -366,9 +364,7 @@ def test_ids_are_plain_ascii():
 def test_article_ids_and_task_ids_are_unique_and_tasks_name_articles():
     ids = {article.id for article in atlas.articles()}
     assert len(ids) == len(atlas.articles()) == len(atlas.entities())
-    tasks = [
-        t for s in atlas.SPLITS for h in (1, 2) for t in atlas.tasks(s, hops=h, phrasing="all")
-    ]
+    tasks = [t for s in atlas.SPLITS for h in (1, 2) for t in atlas.tasks(s, hops=h, phrasing="all")]
     assert len({t.id for t in tasks}) == len(tasks)
     assert {a for t in tasks for a in t.metadata["articles"]} <= ids
 
@@ -381,9 +377,7 @@ def test_article_ids_and_task_ids_are_unique_and_tasks_name_articles():
         ("", "got none"),
     ],
 )
-def test_a_table_that_does_not_fit_its_wording_is_an_error(
-    tmp_path: Path, table: str, message: str
-):
+def test_a_table_that_does_not_fit_its_wording_is_an_error(tmp_path: Path, table: str, message: str):
     wording = '[relations.sign]\nsentences = []\nquestions = []\nphrase = ""\n'
     head = 'kind = "metal"\nnoun = "metal"\nintro = []\n'
     (tmp_path / "metal.toml").write_text(head + wording)

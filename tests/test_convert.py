@@ -138,9 +138,7 @@ def test_the_same_source_gives_the_same_bytes_compressed_or_not(tmp_path):
         ([WIKI], "squad", "must be a squad file"),
     ],
 )
-def test_a_source_that_does_not_fit_is_a_one_line_error_and_nothing_is_written(
-    tmp_path, data, format, expected
-):
+def test_a_source_that_does_not_fit_is_a_one_line_error_and_nothing_is_written(tmp_path, data, format, expected):
     path = source(tmp_path, data)
     with pytest.raises(InputError) as caught:
         convert(path, tmp_path / "t.jsonl", format)
@@ -174,9 +172,7 @@ def test_files_and_names_that_cannot_be_used_are_named(tmp_path):
         ("multihop/musique_100_questions.json", "musique", 100, 1890),
     ],
 )
-def test_the_real_files_convert_and_their_passages_hold_the_answers(
-    tmp_path, name, format, tasks, articles
-):
+def test_the_real_files_convert_and_their_passages_hold_the_answers(tmp_path, name, format, tasks, articles):
     done = convert(DATA / name, tmp_path / "t.jsonl")
     assert (done.format, done.tasks, done.articles) == (format, tasks, articles)
     assert done.skipped == 0

@@ -58,9 +58,7 @@ def test_a_search_and_then_an_answer():
     assert searched.stop is None
     assert searched.result is not None
     assert searched.result.text == "The capital is Nairobi."
-    assert searched.reply == (
-        Message(role="user", content="<result>\nThe capital is Nairobi.\n</result>"),
-    )
+    assert searched.reply == (Message(role="user", content="<result>\nThe capital is Nairobi.\n</result>"),)
     assert answered == Step(action=answered.action, stop="answer")
     assert answered.action.answer == "Nairobi"
 

@@ -181,9 +181,7 @@ def test_two_texts_without_words_agree_only_under_squad_v2():
     assert f1("the", [""], "squad_v2") == 1.0
     assert f1("", [], "squad_v2") == 1.0  # unanswerable, and not answered
     assert f1("Paris", [], "squad_v2") == 0.0
-    assert (
-        f1("", ["the", "Paris"], "squad_v2") == 0.0
-    )  # the blank gold is dropped beside a real one
+    assert f1("", ["the", "Paris"], "squad_v2") == 0.0  # the blank gold is dropped beside a real one
 
 
 def test_hotpotqa_f1_gives_nothing_for_a_closed_answer_in_other_words():

@@ -47,15 +47,11 @@ HOSTILE = (
     "<!-- --> ]]> &lt; \x1b[31mred\x1b[0m \x00\x07\x7f \u202eright-to-left "
     "[bold]rich[/bold] \ud800 'q' \"q\""
 )
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
-def bare_run(
-    path: Path, lines: list, *, estimator: str = "mt-grpo", seed: int = 0, **config
-) -> Path:
+def bare_run(path: Path, lines: list, *, estimator: str = "mt-grpo", seed: int = 0, **config) -> Path:
     path.mkdir(parents=True)
     write_json(
         path / "config.json",
@@ -71,9 +67,7 @@ def line(step: int, split: str = "validation", **metrics) -> dict:
 
 def a_turn(text: str, **fields) -> Turn:
     action = fields.pop("action", Action())
-    return Turn(
-        action_ids=(5, 6), sampling_logprobs=(-1.0, -1.0), text=text, action=action, **fields
-    )
+    return Turn(action_ids=(5, 6), sampling_logprobs=(-1.0, -1.0), text=text, action=action, **fields)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -93,9 +87,7 @@ def test_only_the_first_middle_and_last_step_keep_their_rollouts(tmp_path):
     path = bare_run(tmp_path / "r", [line(1)])
     rollout = Rollout(task_id="t", group=0, prompt_ids=(), turns=(a_turn("hi"),), stop="answer")
     task = Task(id="t", question="q", answers=("a",))
-    write_lines(
-        path / "rollouts.jsonl", [record(task, step, rollout, [0.5]) for step in range(1, 10)]
-    )
+    write_lines(path / "rollouts.jsonl", [record(task, step, rollout, [0.5]) for step in range(1, 10)])
     assert [x.step for x in load_run(path).rollouts] == [1, 5, 9]
 
 
@@ -178,9 +170,7 @@ def test_one_advantage_per_turn_is_required(tmp_path):
         path / "rollouts.jsonl",
         [record(Task(id="t", question="q", answers=("a",)), 1, rollout, [1, 2])],
     )
-    with pytest.raises(
-        InputError, match=r"rollouts\.jsonl:1: advantages must have one entry per turn, 1; got 2"
-    ):
+    with pytest.raises(InputError, match=r"rollouts\.jsonl:1: advantages must have one entry per turn, 1; got 2"):
         load_run(path)
 
 
@@ -190,9 +180,7 @@ def test_one_advantage_per_turn_is_required(tmp_path):
 def test_the_table_holds_mean_and_range_over_seeds(tmp_path):
     ends = [0.2, 0.4, 0.9]
     runs = [
-        load_run(
-            bare_run(tmp_path / f"{i}", [line(0, exact_match=0.1), line(9, exact_match=e)], seed=i)
-        )
+        load_run(bare_run(tmp_path / f"{i}", [line(0, exact_match=0.1), line(9, exact_match=e)], seed=i))
         for i, e in enumerate(ends)
     ]
     (row,) = paper_table(runs)
@@ -203,9 +191,7 @@ def test_the_table_holds_mean_and_range_over_seeds(tmp_path):
     assert (row.title, row.seeds, row.population) == ("MT-GRPO", (0, 1, 2), "validation")
     assert (round(end.mean, 9), end.low, end.high, round(start.mean, 9)) == (0.5, 0.2, 0.9, 0.1)
     assert row.cells["tool_execution"] is None  # never a silent zero
-    assert "| MT-GRPO | 3 | – | – | – | 10.0 (10.0–10.0) | 50.0 (20.0–90.0) |" in markdown_table(
-        [row]
-    )
+    assert "| MT-GRPO | 3 | – | – | – | 10.0 (10.0–10.0) | 50.0 (20.0–90.0) |" in markdown_table([row])
 
 
 def test_rows_stand_in_the_papers_order_and_others_follow(tmp_path):
@@ -229,11 +215,7 @@ def test_evaluations_make_rows_of_their_own(tmp_path):
 
 
 def test_notes_tell_what_the_range_does_not_show(tmp_path):
-    a = load_run(
-        bare_run(
-            tmp_path / "a", [line(0, f1=0.1, exact_match=0.1), line(5, f1=0.1, exact_match=0.1)]
-        )
-    )
+    a = load_run(bare_run(tmp_path / "a", [line(0, f1=0.1, exact_match=0.1), line(5, f1=0.1, exact_match=0.1)]))
     b = load_run(bare_run(tmp_path / "b", [line(0, f1=0.1)]))
     notes = " ".join(table_notes([a, b]))
     assert "share a seed" in notes
@@ -244,9 +226,7 @@ def test_notes_tell_what_the_range_does_not_show(tmp_path):
 def test_the_terminal_gets_neither_markup_nor_escapes(tmp_path):
     run = load_run(bare_run(tmp_path / "r", [line(0, exact_match=0.5)], estimator=HOSTILE))
     out = io.StringIO()
-    print_table(
-        paper_table([run]), Console(file=out, width=400, force_terminal=True, color_system=None)
-    )
+    print_table(paper_table([run]), Console(file=out, width=400, force_terminal=True, color_system=None))
     text = out.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "")
     assert "[bold]rich[/bold]" in text
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
@@ -353,10 +333,7 @@ def test_no_equation_is_claimed_that_the_recorded_advantages_do_not_meet(tmp_pat
 
 def test_a_group_without_difference_says_so(tmp_path):
     said = said_about(tmp_path, [1.0, 1.0], [2.0, 2.0], [(0.0, 0.0)] * 2, estimator="grpo-or")
-    assert (
-        said[0][0]
-        == "0.00: the whole group earned the same, nothing to compare. Every turn gets the same."
-    )
+    assert said[0][0] == "0.00: the whole group earned the same, nothing to compare. Every turn gets the same."
 
 
 def test_the_generators_advantages_are_all_explained(tmp_path):
@@ -376,10 +353,7 @@ def test_control_and_direction_characters_become_visible():
 
 
 def test_answers_are_underlined_as_whole_words_only():
-    assert (
-        marked_up("Paris & Parisian <tool>", ["paris", "Pari"])
-        == "<u>Paris</u> &amp; Parisian <i>&lt;tool&gt;</i>"
-    )
+    assert marked_up("Paris & Parisian <tool>", ["paris", "Pari"]) == "<u>Paris</u> &amp; Parisian <i>&lt;tool&gt;</i>"
 
 
 def test_hostile_text_is_escaped_everywhere():
@@ -455,15 +429,11 @@ def test_hostile_rollouts_add_no_element_to_the_page(tmp_path):
 def test_a_turn_carries_its_advantage_as_number_colour_and_reason(tmp_path):
     run = load_run(write_run(tmp_path / "r", estimator="mt-grpo", seed=0))
     text, scale = page([run]), transcripts.colour_scale(transcripts.groups([run]))
-    turns = re.findall(
-        r'class="turn (pos|neg|none)"[^>]*--w:([\d.]+)".*?class="adv">([^<]*)<', text, re.DOTALL
-    )
+    turns = re.findall(r'class="turn (pos|neg|none)"[^>]*--w:([\d.]+)".*?class="adv">([^<]*)<', text, re.DOTALL)
     assert {kind for kind, _, _ in turns} >= {"pos", "neg"}
     for kind, width, badge in turns:
         assert badge[0] == {"pos": "+", "neg": "−", "none": "0"}[kind]
-        assert float(width) == pytest.approx(
-            min(1, abs(float(badge.replace("−", "-"))) / scale), abs=0.01
-        )
+        assert float(width) == pytest.approx(min(1, abs(float(badge.replace("−", "-"))) / scale), abs=0.01)
 
 
 def test_rollouts_that_say_and_earn_the_same_share_a_card(tmp_path):
@@ -471,9 +441,7 @@ def test_rollouts_that_say_and_earn_the_same_share_a_card(tmp_path):
     rollout = Rollout(task_id="t", group=0, prompt_ids=(), turns=(a_turn("hi"),), stop="no_action")
     other = dataclasses.replace(rollout, turns=(a_turn("ho"),))
     task = Task(id="t", question="q", answers=("a",))
-    write_lines(
-        path / "rollouts.jsonl", [record(task, 1, r, [0.0]) for r in (rollout, other, rollout)]
-    )
+    write_lines(path / "rollouts.jsonl", [record(task, 1, r, [0.0]) for r in (rollout, other, rollout)])
     text = page([load_run(path)])
     assert text.count('<article class="card">') == 2
     assert text.count("× 2 alike") == 1
@@ -506,9 +474,7 @@ def test_an_unwritable_report_is_an_error_and_leaves_nothing(tmp_path):
 
 
 def test_the_report_needs_no_model():
-    code = (
-        "import sys, turnwise.report; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    )
+    code = "import sys, turnwise.report; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
@@ -595,9 +561,7 @@ def test_hostile_rollouts_do_nothing_in_a_browser(tmp_path):
 @needs_browser
 def test_the_policy_stops_a_script_that_got_into_the_page(tmp_path):
     out = write_report([load_run(hostile_run(tmp_path / "r"))], tmp_path / "report.html")
-    out.write_text(
-        out.read_text().replace("</main>", "<script>document.title='owned'</script></main>")
-    )
+    out.write_text(out.read_text().replace("</main>", "<script>document.title='owned'</script></main>"))
     dom, console = browse(out, tmp_path)
     assert "<title>Turnwise report</title>" in dom
     assert "Content Security Policy" in console

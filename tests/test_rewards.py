@@ -15,9 +15,7 @@ from turnwise.rewards import PAPER_WEIGHTS, load_rewards, score, tag_usage, xml_
 from turnwise.tools import tool, tool_mapping
 from turnwise.types import Rollout, Stop, Task, Turn
 
-TASK = Task(
-    id="kenya", question="What is the capital of Kenya?", answers=("Nairobi", "Nairobi City")
-)
+TASK = Task(id="kenya", question="What is the capital of Kenya?", answers=("Nairobi", "Nairobi City"))
 
 
 def search(query: str) -> str:

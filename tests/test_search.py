@@ -379,9 +379,7 @@ def test_the_tool_takes_one_query_and_gives_title_and_text():
 
 def test_several_hits_are_numbered_and_none_is_no_error():
     tool = search_tool(SearchIndex(WORLD), k=2)
-    assert called(tool, query="the capital").text == (
-        f"1. Kenya\n{KENYA.text}\n\n2. Peru\n{PERU.text}"
-    )
+    assert called(tool, query="the capital").text == (f"1. Kenya\n{KENYA.text}\n\n2. Peru\n{PERU.text}")
     nothing = called(tool, query="xylophone")
     assert (nothing.text, nothing.error) == ("No results.", None)
     assert hits_text([article("1", "no title")]) == "no title"

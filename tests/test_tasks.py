@@ -72,9 +72,7 @@ def test_compressed_files_byte_order_marks_and_blank_lines_are_read(tmp_path):
         ({"kind": 1}, "'kind'", "a string; got 1"),
     ],
 )
-def test_a_bad_field_is_named_with_file_line_and_what_was_expected(
-    tmp_path, changes, field, expected
-):
+def test_a_bad_field_is_named_with_file_line_and_what_was_expected(tmp_path, changes, field, expected):
     path = written(tmp_path / "t.jsonl", KENYA, {**KENYA, "id": "q2", **changes})
     text = error_of(path)
     assert text.startswith(f"{path}:2: field {field}")
@@ -109,9 +107,7 @@ def test_files_that_are_missing_empty_cut_off_or_no_text_are_one_line_errors(tmp
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n \n")
     assert "it is empty" in error_of(empty)
-    whole = gzip.compress(
-        "".join(f"{json.dumps({**KENYA, 'id': i})}\n" for i in range(999)).encode()
-    )
+    whole = gzip.compress("".join(f"{json.dumps({**KENYA, 'id': i})}\n" for i in range(999)).encode())
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(whole[: len(whole) // 2])
     assert "must be a whole gzip file" in error_of(cut)

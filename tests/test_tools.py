@@ -68,9 +68,7 @@ def called(name: str, **arguments: Any) -> ToolResult:
 def test_the_schema_comes_from_signature_and_docstring():
     made = tool(search)
     assert made.name == "search"
-    assert made.description == (
-        "Passages that best match the query. Longer text stays in the description."
-    )
+    assert made.description == ("Passages that best match the query. Longer text stays in the description.")
     assert made.parameters == {
         "type": "object",
         "properties": {
@@ -240,9 +238,7 @@ def test_arguments_are_checked_before_the_call_with_advice(name, arguments, mess
 def test_an_unknown_tool_is_answered_with_the_known_ones():
     result = called("serach", query="Kenya")
     assert result.error == "unknown_tool"
-    assert result.text == (
-        'Error: no tool is named "serach"; tools: convert, failing, later, search'
-    )
+    assert result.text == ('Error: no tool is named "serach"; tools: convert, failing, later, search')
 
 
 def test_arguments_that_could_not_be_read_are_a_parse_error():
