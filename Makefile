@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 demo: $(VENV)/.train-installed
 	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
-		--train.tasks-per-step 10
+		--train.tasks-per-step 8 --train.group-size 12
 	$(BIN)/turnwise report $(DEMO)/grpo-or-0 $(DEMO)/grpo-mr-0 $(DEMO)/mt-grpo-0 --out $(DEMO)/report.html
 
 test: $(VENV)/.dev-installed

@@ -85,7 +85,7 @@ class TrainConfig:
     """How far above 1 a token's probability ratio counts."""
     kl_coef: float = 0.0
     """Weight of the divergence from the start in the loss."""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """Most padded positions computed together in the update."""
 
     validate_every: int = 20
