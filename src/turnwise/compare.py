@@ -131,14 +131,12 @@ def _start_record(config: ReproduceConfig) -> dict[str, Any]:
 
 def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]:
     """The populations that a comparison reports: questions like the training ones, and held-out ones."""
-    from turnwise import atlas
     from turnwise.evaluation import spread
-    from turnwise.setting import make_setting
+    from turnwise.setting import make_setting, named_tasks
 
-    if config.tasks == ATLAS:
-        return {"seen": spread(atlas.tasks("train"), size), "held-out": spread(atlas.tasks("test"), size)}
     setting = make_setting(config)
-    return {"seen": spread(setting.train, size), "held-out": spread(setting.validation, size)}
+    held_out = named_tasks(ATLAS, "test") if config.tasks == ATLAS else setting.validation
+    return {"seen": spread(setting.train, size), "held-out": spread(held_out, size)}
 
 
 def evaluations(policy: str, config: TrainConfig, size: int, *, out: Path | None = None) -> dict[str, Any]:
