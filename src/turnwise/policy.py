@@ -35,8 +35,8 @@ def tiny_policy(chat: Chat, *, seed: int, hidden: int = 128, layers: int = 3) ->
     """A fresh Qwen3 of about a million parameters.
 
     The first layer attends to a token and the one before it alone (Qwen3's sliding attention with a window of 2). That
-    is half of an induction head, and the half that so small a model takes thousands of steps to find: with it, copying
-    is learned in about 250. Wide heads let one head carry a whole token.
+    is half of an induction head: with it so small a model learns to copy in some 300 steps, without it not in 400
+    (`benchmarks/copying.py`). Wide heads let one head carry a whole token.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
