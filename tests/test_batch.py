@@ -1,5 +1,7 @@
 """Rollouts to padded tensors: what is seen, what was sampled and what is trained are three things."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -48,18 +50,75 @@ def test_nothing_follows_the_last_sampled_token():
 
 def test_equal_prompts_are_kept_once():
     batch = pack([row(2, (1, 2)), row(1, (7,)), row(3, (1, 2))], pad_id=99)
-    assert_array_equal(batch.prompts, [[1, 2], [7, 99]])
-    assert_array_equal(batch.prompt_lengths, [2, 1])
-    assert_array_equal(batch.prompt_of, [0, 1, 0])
+    prompts, turns = batch.levels
+    assert_array_equal(prompts.ids, [[1, 2], [7, 99]])
+    assert_array_equal(prompts.lengths, [2, 1])
+    assert_array_equal(turns.ids, [[3, 4, 99], [3, 99, 99], [3, 4, 5]])
+    assert_array_equal(turns.parent, [0, 1, 0])
     assert_array_equal(batch.ids, [[3, 4, 99], [3, 99, 99], [3, 4, 5]])
+
+
+def test_equal_first_turns_with_equal_replies_are_kept_once():
+    #   prompt 1 2 ── 10 11 | 20 ──── 12          two rollouts that make the same call and answer differently,
+    #             │            └───── 13 14       one whose call meets another reply, from which nobody parts,
+    #             ├── 10 11 | 21 12               one that answers at once
+    #             └── 15
+    call, reply, other = (10, 11), (20,), (21,)
+    played = [
+        rollout(turn(call, reply), turn((12,))),
+        rollout(turn(call, reply), turn((13, 14))),
+        rollout(turn(call, other), turn((12,))),
+        rollout(turn((15,))),
+    ]
+    batch = pack([rollout_row(r, [1.0] * len(r.turns), [True] * len(r.turns)) for r in played], pad_id=0)
+    prompts, first, second = batch.levels
+    assert_array_equal(prompts.ids, [[1, 2]])
+    assert_array_equal(first.ids, [[10, 11, 20, 0], [10, 11, 21, 12], [15, 0, 0, 0]])
+    assert_array_equal(first.lengths, [3, 4, 1])
+    assert_array_equal(second.ids, [[12, 0], [13, 14]])
+    assert_array_equal(second.parent, [0, 0])
+    # the prompt has places 0 and 1, the next level the 3 × 4 after them, the last those from 14 on
+    assert_array_equal(batch.place, [[2, 3, 4, 14, 0], [2, 3, 4, 16, 17], [6, 7, 8, 9, 0], [10, 0, 0, 0, 0]])
+
+
+def test_what_all_prompts_begin_with_is_a_level():
+    batch = pack([row(2, (1, 2, 3, 4)), row(1, (1, 2, 7)), row(1, (1, 2, 3, 4))], pad_id=0)
+    shared, prompts, turns = batch.levels
+    assert_array_equal(shared.ids, [[1, 2]])
+    assert_array_equal(prompts.ids, [[3, 4], [7, 0]])
+    assert_array_equal(prompts.parent, [0, 0])
+    assert_array_equal(turns.parent, [0, 1, 0])
+    beginning = pack([row(1, (1, 2)), row(1, (1, 2, 3))], pad_id=0)  # something is left of every prompt
+    assert [level.ids.tolist() for level in beginning.levels] == [[[1]], [[2, 0], [2, 3]], [[3], [3]]]
+
+
+def test_a_rollout_that_ends_where_another_goes_on_parts_from_it():
+    longer, shorter = rollout(turn((10,), (20,)), turn((11,))), rollout(turn((10,), (20,)))
+    rows = [rollout_row(r, [1.0] * len(r.turns), [True] * len(r.turns)) for r in (longer, shorter)]
+    assert rows[1].ids == (10,)  # nothing follows the last sampled token, so these differ in their first turn
+    batch = pack([rows[0], dataclasses.replace(rows[0], ids=(10, 20), action=np.array([True, False]))], pad_id=0)
+    assert [level.ids.tolist() for level in batch.levels] == [[[1, 2]], [[10, 20]], [[11]]]
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     rows = [row(length, (length % 3,)) for length in (5, 1, 9, 3, 3, 8, 2, 40, 1, 6)]
     made = list(micro_batches(rows, max_tokens=18, pad_id=0))
-    lengths = [batch.attention.sum(1).tolist() for batch in made]
-    # longest first: 40 alone; 9 + 8 fill 2 × 9; 6, 5, 3 fill 3 × 6; the rest fits 4 × 3
-    assert lengths == [[40], [9, 8], [6, 5, 3], [3, 2, 1, 1]]
+    assert sorted(n for batch in made for n in batch.attention.sum(1).tolist()) == [1, 1, 2, 3, 3, 5, 6, 8, 9, 40]
+    sizes = [sum(level.ids.numel() for level in batch.levels) for batch in made]
+    assert [size for size in sizes if size > 18] == [41]  # a row beyond the budget stands alone
+    # equal rows cost nothing: prompt 1 + 3, prompt 1 + 1
+    assert [batch.num_rows for batch in micro_batches([row(3)] * 50, max_tokens=5, pad_id=0)] == [50]
+
+
+def test_rows_that_begin_alike_stand_together():
+    answers = [(30,), (31, 32), (33,)]
+    calls = [(10,), (11,)]
+    played = [rollout(turn(call, (20, 21)), turn(answer)) for answer in answers for call in calls]
+    rows = [rollout_row(r, [1.0, 1.0], [True, True]) for r in played]
+    # one call with all its answers: prompt 2 + call and reply 3 + answers 3 × 2
+    for batch in micro_batches(rows, max_tokens=11, pad_id=0):
+        assert batch.num_rows == 3
+        assert batch.levels[1].ids.shape == (1, 3)
 
 
 def test_a_flag_or_advantage_too_few_is_refused():

@@ -105,16 +105,15 @@ def test_a_misspelt_command_is_told_the_nearest():
     assert "did you mean search" in one_line_error(turnwise("serch", "x"))
 
 
-def test_a_misspelt_flag_is_told_the_nearest(capsys: pytest.CaptureFixture):
-    assert main(["train", "--stesp", "3"]) == 2
-    assert "--steps" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         (["train", "--estimator", "mt-grop"], "did you mean mt-grpo"),
         (["train", "--gamma", "3"], "gamma must be in"),
+        (["train", "--stepz", "3"], "Unrecognized options: --stepz, 3; perhaps --steps"),
+        (["train", "--steps", "three"], "--steps: invalid literal for int() with base 10: 'three'"),
+        (["search"], "A question or a few words. (required)"),
+        (["eval", "somewhere", "--mode", "gredy"], "Expected one of ('greedy', 'sampled')"),
         (["train", "nowhere.toml"], "nowhere.toml"),
         (["train", "--steps", "3", "late.toml"], "must come before the options"),
         (["reproduce", "--estimators", "grpo-rr"], "did you mean"),

@@ -6,6 +6,7 @@ import pytest
 from turnwise import compare
 from turnwise.config import TrainConfig
 from turnwise.errors import ConfigError
+from turnwise.report.data import load_run
 
 
 def record(estimator: str, seed: int, exact_match: float) -> dict:
@@ -55,6 +56,26 @@ def test_results_name_data_files_without_their_folders(tmp_path: Path) -> None:
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="mt-grpo"):
         compare.ReproduceConfig(estimators=("mt-grp",))
+
+
+@pytest.mark.slow
+def test_a_whole_comparison_leaves_runs_that_a_report_can_show(tmp_path: Path) -> None:
+    small = TrainConfig(steps=2, tasks_per_step=1, group_size=2, validation_size=2, minibatches=1)
+    config = compare.ReproduceConfig(
+        name="toy", results=tmp_path, runs=tmp_path / "runs", estimators=("grpo-or", "mt-grpo"), seeds=1, eval_size=3,
+        train=small,
+    )  # fmt: skip
+    written = json.loads(compare.reproduce(config).read_text())
+    assert [r["estimator"] for r in written["runs"]] == ["grpo-or", "mt-grpo"]
+    assert set(written["start"]["raw_question_answer_in_results"]) == {"seen", "held-out"}
+    run = load_run(tmp_path / "runs" / "toy" / "mt-grpo-0")
+    start, end = (
+        next(e.means for e in run.evaluations if (e.name, e.mode) == (name, "greedy"))
+        for name in ("held-out-start", "held-out")
+    )
+    assert start["exact_match"] == written["start"]["evaluations"]["held-out-greedy"]["exact_match"]["mean"]
+    assert end["exact_match"] == written["runs"][1]["evaluations"]["held-out-greedy"]["exact_match"]["mean"]
+    assert json.loads(compare.reproduce(config).read_text())["runs"] == written["runs"]  # finished runs are kept
 
 
 def test_every_method_and_seed_is_run_once_and_finished_runs_are_kept(tmp_path: Path, monkeypatch) -> None:

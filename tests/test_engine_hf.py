@@ -30,7 +30,7 @@ FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config),
     "qwen3 with a sliding layer": (Qwen3ForCausalLM, Qwen3Config),
 }
-SLIDING = {"use_sliding_window": True, "sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"]}
+SLIDING = {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 def tiny(

@@ -84,6 +84,38 @@ def test_shared_prompts_give_what_a_plain_forward_pass_gives(tiny: Policy, tempe
     assert ((entropy > 0) & (entropy <= np.log(tiny.model.config.vocab_size) + 1e-5)).all()
 
 
+def branching_rows() -> list[Row]:
+    """Rollouts that share their beginnings: a prompt, a first turn, two turns."""
+    base = rollout(0, 9, 4, 3, 5)
+    short = dataclasses.replace(base, turns=(base.turns[0], rollout(1, 9, 1).turns[0]))
+    other_end = dataclasses.replace(base, turns=(*base.turns[:2], rollout(2, 9, 2).turns[0]))
+    at_once = dataclasses.replace(base, turns=(rollout(3, 9, 6).turns[0],))
+    other_prompt = dataclasses.replace(base, prompt_ids=(5,))
+    played = (base, short, other_end, at_once, other_prompt)
+    return [rollout_row(r, [1.0, -0.5, 2.0][: len(r.turns)], [True] * len(r.turns)) for r in played]
+
+
+@pytest.mark.parametrize("window", [None, 2, 5, 100])
+def test_shared_beginnings_give_what_plain_passes_give_for_any_window(bpe_chat, window: int | None):
+    policy = tiny_policy(bpe_chat, seed=3, hidden=16, layers=2)
+    policy.model.config.sliding_window = window
+    if window is None:
+        policy.model.config.layer_types = ["full_attention"] * 2
+    config = type(policy.model.config).from_dict(policy.model.config.to_dict())
+    config._attn_implementation = "sdpa"
+    fresh = Policy(type(policy.model)(config), bpe_chat)
+    fresh.model.load_state_dict(policy.model.state_dict())
+    made = branching_rows()
+    batch = pack(made, pad_id=0)
+    assert [len(level.ids) for level in batch.levels] == [2, 3, 2, 2]
+    found, _ = token_logprobs(fresh.model, batch, batch.attention)
+    expected = torch.cat([plain_logprobs(fresh, row) for row in made])
+    assert_close(found, expected, atol=1e-5, rtol=0)
+    weights = torch.linspace(-1, 2, len(found))
+    shared, plain = (gradient(fresh, (weights * x).sum()) for x in (found, expected))
+    assert_close(shared, plain, atol=1e-4, rtol=1e-4)
+
+
 def test_rows_of_one_token_need_only_the_prompt(tiny: Policy):
     short = [rollout_row(rollout(i, 5, 1), [1.0], [True]) for i in range(3)]
     batch = pack(short, pad_id=0)

@@ -9,7 +9,7 @@ from turnwise.chat import byte_chat
 from turnwise.engine import Completion, Sampling, ScriptedEngine
 from turnwise.env import Step, ToolEnvironment
 from turnwise.errors import InputError
-from turnwise.rollout import Limits, rollout_seed, run_groups, run_rollout
+from turnwise.rollout import Limits, awaited, rollout_seed, run_groups, run_rollout
 from turnwise.tools import tool, tool_mapping
 from turnwise.types import Action, Message, Rollout, Task, rollout_from_json
 
@@ -244,6 +244,24 @@ def test_many_rollouts_with_a_slow_tool_keep_their_conversations_apart():
         for rollout in group:
             assert rollout.turns[0].result is not None
             assert (rollout.turns[0].result.text, rollout.answer) == (task.id, task.id)
+
+
+def test_a_coroutine_is_waited_for_with_and_without_a_running_loop():
+    async def seven() -> int:
+        await asyncio.sleep(0)
+        return 7
+
+    async def as_in_a_notebook() -> int:
+        return awaited(seven())
+
+    assert awaited(seven()) == 7
+    assert asyncio.run(as_in_a_notebook()) == 7
+    with pytest.raises(ZeroDivisionError):
+        awaited(divided())
+
+
+async def divided() -> float:
+    return 1 / 0
 
 
 def test_seeds_are_stable_and_differ_between_runs_steps_groups_and_members():

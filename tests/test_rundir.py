@@ -196,9 +196,11 @@ def test_a_changed_file_makes_the_older_checkpoint_count(trained, tmp_path, name
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    assert latest_checkpoint(tmp_path)[1]["step"] == 1
+    with pytest.warns(UserWarning, match=rf"damaged checkpoint: step-000002 \({name} has changed\); step-000001 is"):
+        assert latest_checkpoint(tmp_path)[1]["step"] == 1
     file.unlink()
-    assert latest_checkpoint(tmp_path)[1]["step"] == 1
+    with pytest.warns(UserWarning, match="passed over a damaged checkpoint"):
+        assert latest_checkpoint(tmp_path)[1]["step"] == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "sha256": {}}', '{"format": 1, "sha256": 3}'])

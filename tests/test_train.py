@@ -238,7 +238,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_written_anew(world: dict
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     (checkpoint_folder(out, 4) / "optimizer.safetensors").write_bytes(b"torn")
-    assert train(out=out, resume=True).steps == 4
+    with pytest.warns(UserWarning, match="passed over a damaged checkpoint"):
+        assert train(out=out, resume=True).steps == 4
     assert_same_run(out, whole)
     assert latest_checkpoint(out)[1]["step"] == 4
 

@@ -1,15 +1,19 @@
 """Rollouts and advantages, packed into padded tensors for the loss. Torch starts here.
 
-A micro-batch keeps the prompts of its groups apart from what follows them: rollouts of one group share their
-prompt, so it is computed once and its keys and values serve every row.
+Rollouts of one group begin alike: they share their prompt, most share the first call and its result. A micro-batch
+keeps each different beginning once. Its *levels* are what all prompts begin with (the system message), then the rests
+of the prompts, then what follows them up to where rollouts part, and so on; a stretch of tokens at one level continues
+a stretch of the level before. Rollouts part only between turns.
 
-    prompts   (P, L)   each different prompt once, right-padded
-    ids       (B, T)   what follows the prompt in each rollout, right-padded: actions and replies
+    levels[k].ids   (N, T)   each different stretch that continues one of the level before
+    ids             (B, T)   what follows the prompt in each rollout: actions and replies
+    place           (B, T)   where each of these tokens stands in the levels, flattened one after the other
 
-Three masks over (B, T) say different things. `attention`: the position holds a token (tool results are visible).
-`action`: the policy sampled it. `loss`: it enters the loss.
+Everything is right-padded. Three masks over (B, T) say different things. `attention`: the position holds a token (tool
+results are visible). `action`: the policy sampled it. `loss`: it enters the loss.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +21,9 @@ import numpy as np
 import torch
 
 from turnwise.types import Rollout
+
+LIKE_LENGTH = 32
+"""Stretches after prompts whose lengths differ by less, tokens, count as equally long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +43,29 @@ class Row:
     count: int = 1
     """How many rollouts this row stands for."""
 
+    def turns(self) -> list[tuple[int, ...]]:
+        """The tokens of each turn with the reply to it."""
+        starts = [0, *(np.flatnonzero(self.action[1:] & ~self.action[:-1]) + 1).tolist(), len(self.ids)]
+        return [self.ids[a:b] for a, b in itertools.pairwise(starts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Different stretches of tokens that stand equally deep."""
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    """int64 (N,)."""
+    parent: torch.Tensor
+    """int64 (N,): the row of the level before that each stretch continues; 0 at the first level."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Rows that are computed together; shapes as in the module's docstring."""
 
-    prompts: torch.Tensor
-    prompt_lengths: torch.Tensor
-    prompt_of: torch.Tensor
-    """int64 (B,): the row of `prompts` that each sequence continues."""
+    levels: tuple[Level, ...]
+    place: torch.Tensor
     ids: torch.Tensor
     attention: torch.Tensor
     action: torch.Tensor
@@ -104,31 +125,116 @@ def distinct_rows(rows: Iterable[Row]) -> list[Row]:
     return [replace(same[0], count=sum(row.count for row in same)) for same in found.values()]
 
 
-def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int) -> Iterator[MicroBatch]:
-    """The rows in micro-batches of similar length, each within `max_tokens` padded positions.
+def _parted(rows: Sequence[Row]) -> list[list[tuple[int, ...]]]:
+    """Each row cut where another one parts from it or ends: what all prompts begin with, the prompt's rest, and the
+    stretches after it."""
+    shared = _shared_length({row.prompt_ids for row in rows})
+    nodes: dict[tuple[int, tuple[int, ...]], int] = {}
+    children: dict[int, set[int]] = {}
+    paths = []
+    for row in rows:
+        path, node = [], -1
+        for tokens in (row.prompt_ids, *row.turns()):
+            child = nodes.setdefault((node, tokens), len(nodes))
+            children.setdefault(node, set()).add(child)
+            path.append((child, tokens))
+            node = child
+        children.setdefault(node, set()).add(-1)  # a row ends here
+        paths.append(path)
+    parted = []
+    for (_, prompt), *path in paths:
+        stretches, stretch = [prompt[:shared], prompt[shared:]] if shared else [prompt], ()
+        for node, tokens in path:
+            stretch += tokens
+            if children[node] == {-1} or len(children[node]) > 1:
+                stretches.append(stretch)
+                stretch = ()
+        parted.append(stretches)
+    return parted
 
-    A row longer than the budget gets a micro-batch of its own.
+
+def _shared_length(prompts: set[tuple[int, ...]]) -> int:
+    """How many tokens several prompts begin with alike, leaving one of each at least; 0 for fewer than two."""
+    if len(prompts) < 2:
+        return 0
+    pairs = zip(min(prompts), max(prompts), strict=False)  # what these two share, all between them share
+    return min(
+        sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)), *(len(p) - 1 for p in prompts)
+    )
+
+
+class _Tree:
+    """The different beginnings of rows: for each level, the stretches with the ones they continue."""
+
+    def __init__(self) -> None:
+        self.levels: list[dict[tuple[int, tuple[int, ...]], int]] = []
+        self.longest: list[int] = []
+
+    def add(self, stretches: Iterable[tuple[int, ...]]) -> list[int]:
+        """The stretches' places, level by level."""
+        path, parent = [], 0
+        for depth, stretch in enumerate(stretches):
+            if depth == len(self.levels):
+                self.levels.append({})
+                self.longest.append(1)
+            level = self.levels[depth]
+            parent = level.setdefault((parent, stretch), len(level))
+            self.longest[depth] = max(self.longest[depth], len(stretch))
+            path.append(parent)
+        return path
+
+    @property
+    def size(self) -> int:
+        """Positions, padding included."""
+        return sum(len(level) * longest for level, longest in zip(self.levels, self.longest, strict=True))
+
+
+def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int) -> Iterator[MicroBatch]:
+    """The rows in micro-batches, each within `max_tokens` padded positions of its levels.
+
+    Rows whose first stretches are of like length stand together, and among them those that begin alike. A row longer
+    than the budget gets a micro-batch of its own.
     """
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), rows[i].prompt_ids))
+    found = list(zip(rows, _parted(rows), strict=True))
+    found.sort(key=lambda each: (_first_length(*each) // LIKE_LENGTH, each[1]), reverse=True)
     chunk: list[Row] = []
-    for i in reversed(order):
-        row = rows[i]
-        longest = len(chunk[0].ids) if chunk else len(row.ids)
-        if chunk and (len(chunk) + 1) * longest > max_tokens:
+    tree = _Tree()
+    for row, stretches in found:
+        tree.add(stretches)
+        if chunk and tree.size > max_tokens:
             yield pack(chunk, pad_id=pad_id)
-            chunk = []
+            chunk, tree = [], _Tree()
+            tree.add(stretches)
         chunk.append(row)
     if chunk:
         yield pack(chunk, pad_id=pad_id)
 
 
+def _first_length(row: Row, stretches: Sequence[tuple[int, ...]]) -> int:
+    """Tokens of the first stretch after the prompt."""
+    depth, length = 0, 0
+    while length < len(row.prompt_ids):
+        length += len(stretches[depth])
+        depth += 1
+    return len(stretches[depth])
+
+
 def pack(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
     """Rows as one micro-batch."""
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in rows))}
+    tree, parted = _Tree(), _parted(rows)
+    paths = [tree.add(stretches) for stretches in parted]
+    sizes = [len(level) * longest for level, longest in zip(tree.levels, tree.longest, strict=True)]
+    offsets = np.cumsum([0, *sizes])
+    places = []
+    for row, path, stretches in zip(rows, paths, parted, strict=True):
+        own = [
+            offsets[depth] + node * tree.longest[depth] + np.arange(len(stretch))
+            for depth, (node, stretch) in enumerate(zip(path, stretches, strict=True))
+        ]
+        places.append(np.concatenate(own)[len(row.prompt_ids) :])
     return MicroBatch(
-        prompts=_padded([np.array(p, dtype=np.int64) for p in prompts], pad_id),
-        prompt_lengths=torch.tensor([len(p) for p in prompts]),
-        prompt_of=torch.tensor([prompts[row.prompt_ids] for row in rows]),
+        levels=tuple(_level(level, pad_id) for level in tree.levels),
+        place=_padded(places, 0),
         ids=_padded([np.array(row.ids, dtype=np.int64) for row in rows], pad_id),
         attention=_padded([np.ones(len(row.ids), dtype=bool) for row in rows], False),
         action=_padded([row.action for row in rows], False),
@@ -136,6 +242,15 @@ def pack(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
         sampling_logprobs=_padded([row.sampling_logprobs for row in rows], 0.0),
         advantages=_padded([row.advantages for row in rows], 0.0),
         counts=torch.tensor([float(row.count) for row in rows]),
+    )
+
+
+def _level(stretches: Iterable[tuple[int, tuple[int, ...]]], pad_id: int) -> Level:
+    parents, tokens = zip(*stretches, strict=True)
+    return Level(
+        ids=_padded([np.array(stretch, dtype=np.int64) for stretch in tokens], pad_id),
+        lengths=torch.tensor([len(stretch) for stretch in tokens]),
+        parent=torch.tensor(parents),
     )
 
 

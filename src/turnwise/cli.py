@@ -1,9 +1,14 @@
 """The command line. Each command imports what it needs when it runs, so that help comes at once."""
 
+import contextlib
 import dataclasses
+import functools
+import io
+import itertools
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = lambda message, *_, **__: print(f"turnwise: warning: {message}", file=sys.stderr)
     try:
         code = run_command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -67,16 +73,30 @@ def run_command(args: list[str]) -> int:
 
     command = COMMANDS[name]
     function = command.function or _built(name, rest)
+
+    @functools.wraps(function)
+    def chosen(*values: Any, **options: Any) -> Callable[[], int | None]:
+        return functools.partial(function, *values, **options)
+
+    said = io.StringIO()
     try:
-        code = tyro.cli(
-            function,
-            prog=f"turnwise {name}",
-            args=rest,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with contextlib.redirect_stderr(said):
+            call = tyro.cli(chosen, prog=f"turnwise {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as stop:  # after --help, or after tyro has said what is wrong
-        return stop.code if isinstance(stop.code, int) else 2
-    return code or 0
+        if not stop.code:
+            return 0
+        raise ConfigError(_unboxed(said.getvalue(), name)) from None
+    return call() or 0
+
+
+def _unboxed(text: str, command: str) -> str:
+    """What tyro says of wrong options, without its frame: the fault, the nearest options, where the others are."""
+    framed = [line.strip("│| ") for line in text.splitlines() if line.startswith(("│", "|"))]
+    lines = framed or text.splitlines()
+    fault = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
+    options = dict.fromkeys(re.findall(r"^--[\w.-]+", "\n".join(lines), flags=re.MULTILINE))
+    meant = f"; perhaps {' or '.join(list(options)[:3])}" if options and "perhaps" in text.lower() else ""
+    return f"{fault}{meant}; `turnwise {command} --help` shows the options"
 
 
 def usage() -> str:

@@ -77,6 +77,8 @@ def reproduce(config: ReproduceConfig) -> Path:
         for done in as_completed(running):
             records.append(done.result())
         start = started.result()
+    for job in jobs:
+        _write_evaluations(job.out, start["evaluations"], suffix="-start")
     records.sort(key=lambda r: (config.estimators.index(r["estimator"]), r["seed"]))
     return write_results(config, start, records)
 
@@ -107,9 +109,10 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
         "seed": config.seed,
         "steps": state["step"],
         "train_s": round(state["wall_s"], 1),
-        "evaluations": evaluations(str(folder), config, eval_size, out=config.out),
+        "evaluations": evaluations(str(folder), config, eval_size),
         "curve": _curve(config.out),
     }
+    _write_evaluations(config.out, record["evaluations"])
     write_atomically(finished, json.dumps(record, indent=1) + "\n")
     return record
 
@@ -139,11 +142,10 @@ def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]
     return {"seen": spread(setting.train, size), "held-out": spread(held_out, size)}
 
 
-def evaluations(policy: str, config: TrainConfig, size: int, *, out: Path | None = None) -> dict[str, Any]:
-    """Greedy and sampled evaluations of both populations; written to `out` as eval files where it is given."""
+def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
+    """Metrics of greedy and of sampled evaluations of both populations."""
     from turnwise.evaluation import evaluation_to_dict, make_engine, play, rollout_limits, summarised
     from turnwise.policy import load_policy
-    from turnwise.rundir import write_atomically
     from turnwise.setting import make_setting
 
     setting = make_setting(config)
@@ -154,12 +156,19 @@ def evaluations(policy: str, config: TrainConfig, size: int, *, out: Path | None
     for population, tasks in evaluation_tasks(config, size).items():
         for mode in ("greedy", "sampled"):
             pairs = play(tasks, setting, engine, loaded.chat, limits=limits, mode=mode)
-            data = evaluation_to_dict(summarised(population, mode, pairs))
-            name = f"{population}-{mode}"
-            if out:
-                write_atomically(out / f"eval-{name}.json", json.dumps(data, indent=1) + "\n")
-            found[name] = data["metrics"]
+            found[f"{population}-{mode}"] = evaluation_to_dict(summarised(population, mode, pairs))["metrics"]
     return found
+
+
+def _write_evaluations(out: Path, found: Mapping[str, Any], *, suffix: str = "") -> None:
+    """Puts evaluations where the report of a run looks for them."""
+    from turnwise.rundir import write_atomically
+
+    for key, metrics in found.items():
+        population, _, mode = key.rpartition("-")
+        name = f"{population}{suffix}"
+        data = {"name": name, "mode": mode, "metrics": metrics}
+        write_atomically(out / f"eval-{name}-{mode}.json", json.dumps(data, indent=1) + "\n")
 
 
 def raw_question_rates(config: TrainConfig, size: int) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Playing questions without learning from them: metrics with confidence intervals, and a record per question."""
 
-import asyncio
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.rewards import answer_presence, load_rewards, tag_usage, xml_format
-from turnwise.rollout import Limits, run_groups
+from turnwise.rollout import Limits, awaited, run_groups
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
 from turnwise.setting import Setting, make_setting, make_tools
 from turnwise.tasks import load_tasks
@@ -107,7 +106,7 @@ def play(
     seed: Sequence[int] = (0,),
 ) -> list[tuple[Task, Rollout]]:
     """Each question once, scored."""
-    groups = asyncio.run(
+    groups = awaited(
         run_groups(
             tasks,
             setting.environment,
@@ -215,7 +214,7 @@ def rollouts(
     setting = _setting(config, _chosen_tasks(config, tasks, None)[0])
     limits = rollout_limits(config, policy)
     check_prompts(setting, policy, limits)
-    groups = asyncio.run(
+    groups = awaited(
         run_groups(
             setting.validation,
             setting.environment,

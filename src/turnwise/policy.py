@@ -1,6 +1,8 @@
 """The policy: a Hugging Face causal language model with its chat, and log-probabilities under it."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import Cache
+from transformers.utils import logging as transformers_logging
 
 from turnwise.batch import MicroBatch
 from turnwise.chat import BPETokenizer, Chat, load_chat
-from turnwise.engines.attention import attention_masks
+from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.errors import InputError, RunError
 
 EMBEDDED = "embedded"
@@ -73,6 +76,23 @@ def load_policy(source: str | Path) -> Policy:
     Raises RunError where the folder is not a checkpoint or is damaged.
     """
     folder = embedded_checkpoint() if str(source) == EMBEDDED else Path(source)
+    with _without_bars():
+        return _loaded(source, folder)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps transformers from drawing a progress bar for a file that is read in a moment."""
+    drawn = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers_logging.enable_progress_bar()
+
+
+def _loaded(source: str | Path, folder: Path) -> Policy:
     if not (folder / "config.json").is_file():
         raise InputError(f"policy must be {EMBEDDED!r} or a checkpoint folder with config.json; got {str(source)!r}")
     try:
@@ -106,7 +126,8 @@ def load_policy(source: str | Path) -> Policy:
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Writes weights (safetensors), configuration and tokenizer; `transformers` loads the folder as it is."""
-    policy.model.save_pretrained(folder)
+    with _without_bars():
+        policy.model.save_pretrained(folder)
     tokenizer = policy.chat.tokenizer
     assert isinstance(tokenizer, BPETokenizer), "only a real tokenizer can be saved"
     tokenizer.backend.save(str(folder / "tokenizer.json"))
@@ -115,61 +136,74 @@ def save_policy(policy: Policy, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-class _PrefixCache(Cache):
-    """Keys and values of the prompts, put before each row's own. Gradients flow through."""
+class _AncestorCache(Cache):
+    """Keys and values of what each stretch continues, put before its own. Gradients flow through."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.prompt_of: torch.Tensor | None = None
+        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(  # type: ignore[override]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.prompt_of is None:
-            self.prompt[layer_idx] = (key_states, value_states)
-            return key_states, value_states
-        keys, values = (x.index_select(0, self.prompt_of) for x in self.prompt[layer_idx])
-        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+        if layer_idx in self.before:
+            keys, values = self.before[layer_idx]
+            key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+        self.seen[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def descend(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> None:
+        """To the next level, whose row i continues row `parent[i]`. Sliding layers keep the keys `near` (N, S)."""
+        for layer, seen in self.seen.items():
+            keys, values = (states.index_select(0, parent) for states in seen)
+            if layer in sliding:
+                at = near[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+                keys, values = keys.gather(2, at), values.gather(2, at)
+            self.before[layer] = (keys, values)
+        self.seen = {}
 
 
 def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
-    """Last hidden states from which each following token is predicted, (B, T, hidden).
+    """Last hidden states from which each token is predicted, (M, hidden).
 
-    Position (b, t) holds the state *before* `ids[b, t]`: the prompt's last one for t = 0.
+    M places as `batch.place` numbers them; each holds the state *before* its token: for a stretch's first token the
+    last one of the stretch that it continues, and zeros where there is none.
     """
     decoder = model.get_decoder()
-    cache = _PrefixCache()
-    num_prompts, prompt_length = batch.prompts.shape
-    at = torch.arange(prompt_length)
-    back = (at[:, None] - at[None, :]).expand(num_prompts, -1, -1)
-    prompt_states = decoder(
-        input_ids=batch.prompts,
-        attention_mask=attention_masks(model, back >= 0, back),
-        position_ids=at[None].expand(num_prompts, -1),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    last = prompt_states[torch.arange(num_prompts), batch.prompt_lengths - 1]
-    first = last[batch.prompt_of][:, None]
-    length = batch.ids.shape[1] - 1
-    if length == 0:
-        return first
-    cache.prompt_of = batch.prompt_of
-    lengths = batch.prompt_lengths[batch.prompt_of]
-    steps = torch.arange(length)
-    positions = lengths[:, None] + steps[None]
-    in_prompt = (at[None, :] < lengths[:, None])[:, None, :].expand(-1, length, -1)
-    to_prompt = positions[:, :, None] - at[None, None, :]
-    back = (steps[:, None] - steps[None, :]).expand(batch.num_rows, -1, -1)
-    states = decoder(
-        input_ids=batch.ids[:, :-1],
-        attention_mask=attention_masks(model, torch.cat([in_prompt, back >= 0], 2), torch.cat([to_prompt, back], 2)),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return torch.cat([first, states], 1)
+    cache, sliding = _AncestorCache(), sliding_layers(model)
+    window = model.config.sliding_window if sliding else 0
+    found: list[torch.Tensor] = []
+    before = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
+    start = torch.zeros(1, dtype=torch.int64)
+    full = near = torch.empty(1, 0, dtype=torch.int64)  # positions of the keys in view; -1 is padding
+    for depth, level in enumerate(batch.levels):
+        if depth:
+            kept = near.topk(min(window - 1, near.shape[1])) if sliding else near.topk(0)
+            cache.descend(level.parent, kept.indices[level.parent], sliding)
+            full, near = full[level.parent], kept.values[level.parent]
+        start = start[level.parent]
+        steps = torch.arange(level.ids.shape[1])
+        positions = start[:, None] + steps
+        own = positions.masked_fill(steps >= level.lengths[:, None], -1)
+        full, near = torch.cat([full.expand(len(own), -1), own], 1), torch.cat([near.expand(len(own), -1), own], 1)
+        masks = attention_masks(model, _distance(positions, full), _distance(positions, near))
+        states = decoder(
+            input_ids=level.ids,
+            attention_mask=masks,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        found.append(torch.cat([before[level.parent], states[:, :-1]], 1).flatten(0, 1))
+        before = states[torch.arange(len(states)), level.lengths - 1][:, None]
+        start = start + level.lengths
+    return torch.cat(found)
+
+
+def _distance(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """How far before each query each key stands, (N, T, S); -1 for padding."""
+    return (queries[:, :, None] - keys[:, None, :]).masked_fill(keys[:, None, :] < 0, -1)
 
 
 def token_logprobs(
@@ -178,12 +212,13 @@ def token_logprobs(
     """Log-probabilities and entropies (nats) of the tokens at `where` (B, T), each (N,) in row-major order.
 
     Under the distribution softmax(logits / temperature), which is the one that was sampled from. The vocabulary
-    projection runs at these positions alone.
+    projection runs at these tokens alone, and once for those that rollouts have in common.
     """
-    states = token_states(model, batch)[where]
+    places, inverse = torch.unique(batch.place[where], return_inverse=True)
+    tokens = torch.cat([level.ids.flatten() for level in batch.levels])[places]
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output layer"
-    logits = head(states).float() / temperature
+    logits = head(token_states(model, batch)[places]).float() / temperature
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, batch.ids[where][:, None])[:, 0], entropy
+    return logprobs.gather(-1, tokens[:, None])[:, 0][inverse], entropy[inverse]

@@ -6,7 +6,9 @@ once, when it arrives, and appended.
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from turnwise.engine import Completion, Engine, Sampling
 from turnwise.env import Environment, Step
 from turnwise.errors import InputError
 from turnwise.types import Action, Rollout, Stop, Task, Turn
+
+T = TypeVar("T")
 
 MakeEnvironment = Callable[[Task], Environment]
 
@@ -140,6 +144,16 @@ def _turn(completion: Completion, text: str, step: Step, reply: Sequence[int] = 
         result=step.result,
         reply_ids=tuple(reply),
     )
+
+
+def awaited(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, waited for; also where an event loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 async def run_groups(

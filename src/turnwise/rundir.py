@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,15 @@ def save_best(run: Path, policy: Policy) -> None:
 
 
 def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest whole checkpoint and its state; damaged ones are passed over, and named if none is whole."""
+    """The newest whole checkpoint and its state; damaged ones are passed over with a warning that names them."""
     damaged = []
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         fault, state = _checkpoint_state(folder)
         if state is not None:
+            if damaged:
+                warnings.warn(
+                    f"passed over a damaged checkpoint: {', '.join(damaged)}; {folder.name} is whole", stacklevel=2
+                )
             return folder, state
         damaged.append(f"{folder.name} ({fault})")
     what = f"damaged: {', '.join(damaged)}" if damaged else "there is none"

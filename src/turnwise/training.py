@@ -1,6 +1,5 @@
 """The training loop: rollouts, rewards, credit, update; again."""
 
-import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -31,7 +30,7 @@ from turnwise.evaluation import (
 )
 from turnwise.loss import policy_loss, rollout_mean_weights
 from turnwise.policy import Policy, load_policy, token_logprobs
-from turnwise.rollout import rollout_seed, run_groups
+from turnwise.rollout import awaited, rollout_seed, run_groups
 from turnwise.rundir import (
     append_lines,
     create_run,
@@ -177,7 +176,7 @@ class _Run:
     def _train_step(self) -> tuple[dict[str, float], list[Record]]:
         config, start = self.config, time.perf_counter()
         tasks = step_tasks(self.setting.train, config, self.step)
-        groups = asyncio.run(
+        groups = awaited(
             run_groups(
                 tasks,
                 self.setting.environment,
@@ -344,6 +343,8 @@ def _optimise(
         mean = sums.pop(name)
         if live:
             sums[name] = mean / weighed
+    if reference is None:
+        del sums["kl"]
     return {**sums, "grad_norm": float(norm), "live_rollouts": weighed, "computed_rows": len(live) / len(rows)}
 
 

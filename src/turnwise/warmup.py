@@ -56,16 +56,19 @@ class Habits:
     """Of answers by heart about known entities: the right value."""
     untidy: float = 0.12
     """Of messages: a tag left out or left open."""
+    follow_ups: int = 0
+    """Most further questions about the article in view, after the answer: more reading from one article."""
 
 
 SKILLS = Habits(
-    calls=0.6,
+    calls=0.85,
     malforms=0.0,
     strays=0.0,
     asks_whole=0.12,
     reads_right=1.0,
     recalls_right=1.0,
     untidy=0.0,
+    follow_ups=3,
 )
 """The first phase: everything done well."""
 
@@ -122,8 +125,8 @@ class Subject:
         return self.values[self.relation]
 
 
-KNOWN_SHARE = 0.0625
-"""The share of training entities whose facts are learned by heart: a quarter of those that training asks about."""
+KNOWN_SHARE = 0.05
+"""The share of training entities whose facts are learned by heart: a fifth of those that training asks about."""
 
 
 def is_known(entity: atlas.Entity) -> bool:
@@ -172,15 +175,18 @@ class SubjectSource:
         """What somebody who does not know would answer: some other entity's value."""
         return self.rng.choice(self.pools[subject.kind.name, subject.relation])
 
+    def question(self, kind: atlas.Kind, name: str, relation: str) -> str:
+        """A question for the relation of something, in one of its wordings."""
+        question = self.rng.choice(kind.relations[relation].questions).replace("{name}", name)
+        return question[:1].upper() + question[1:]
+
     def _pooled(self, kind: atlas.Kind) -> list[str]:
         return [r for r in kind.relations if (kind.name, r) in self.pools]
 
     def _ask(self, kind: atlas.Kind, name: str, values: dict[str, str], known: bool) -> Subject:
         relation = self.rng.choice(list(values))
-        template = self.rng.choice(kind.relations[relation].questions)
-        question = template.replace("{name}", name)
         return Subject(
-            question=question[:1].upper() + question[1:],
+            question=self.question(kind, name, relation),
             name=name,
             kind=kind,
             relation=relation,
@@ -268,11 +274,22 @@ class Demonstrator:
         text = atlas.article_text(about.kind, about.name, about.values, self.rng)
         value = self._read(subject, about)
         message = self._call(json.dumps(call, ensure_ascii=False))
+        later = self._follow_ups(about)
         return Demonstration(
             question=subject.question,
-            messages=(message, self._answer(self.rng.choice(READ_THOUGHTS), value)),
-            replies=(reply_to(message, search_stub(f"{about.name}\n{text}")),),
+            messages=(message, self._answer(self.rng.choice(READ_THOUGHTS), value), *later.values()),
+            replies=(reply_to(message, search_stub(f"{about.name}\n{text}")), *later),
         )
+
+    def _follow_ups(self, about: Subject) -> dict[str, str]:
+        """Further questions about the article in view, with the messages that answer them."""
+        count = min(self.rng.randint(0, self.habits.follow_ups), len(about.values))
+        return {
+            self.source.question(about.kind, about.name, relation): self._answer(
+                self.rng.choice(READ_THOUGHTS), about.values[relation]
+            )
+            for relation in self.rng.sample(list(about.values), count)
+        }
 
     def _read(self, subject: Subject, about: Subject) -> str:
         others = [v for r, v in about.values.items() if about is not subject or r != subject.relation]
@@ -407,16 +424,16 @@ class WarmupConfig:
     """Folder of the checkpoint to make."""
     seed: int = 0
     """Equal seeds make equal checkpoints on one machine."""
-    copy_steps: int = 250
+    copy_steps: int = 400
     """Steps of the first phase: mostly copying."""
-    skill_steps: int = 1000
+    skill_steps: int = 4000
     """Steps of the second phase: everything done well."""
     habit_steps: int = 300
     """Steps of the third phase: a base model's faults."""
-    rows: int = 64
+    rows: int = 32
     """Sequences in a step."""
     learning_rate: float = 3e-3
-    """Peak learning rate; the last phase brings it down to a twentieth."""
+    """Peak learning rate; it falls within the second and the third phase."""
     hidden: int = 128
     """Width of the model."""
     layers: int = 3
@@ -442,15 +459,16 @@ class Phase:
     steps: int
     habits: Habits
     mixture: Mixture
+    rates: tuple[float, float]
+    """Learning rate at its beginning and its end, as shares of the peak; a straight line in between."""
 
 
 def phases(config: WarmupConfig) -> tuple[Phase, ...]:
     """The phases in order."""
-    calls = Habits.calls
     return (
-        Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15)),
-        Phase("skills", config.skill_steps, SKILLS, Mixture(0.22, 0.36, 0.17, 0.15)),
-        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.28, 0.4, calls)),
+        Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15), (1.0, 1.0)),
+        Phase("skills", config.skill_steps, SKILLS, Mixture(0.15, 0.15, 0.25, 0.15), (1.0, 0.1)),
+        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.28, 0.4, Habits.calls), (0.3, 0.02)),
     )
 
 
@@ -509,8 +527,8 @@ def warm_up(config: WarmupConfig, watch: Watch | None = None) -> Policy:
     step = 0
     for phase in phases(config):
         for number in range(phase.steps):
-            fall = number / phase.steps if phase.name == "habits" else 0.0
-            rate = config.learning_rate * min(1.0, (step + 1) / 100) * (1 - 0.95 * fall)
+            share = np.interp(number, (0, phase.steps), phase.rates) * min(1.0, (step + 1) / 100)
+            rate = config.learning_rate * float(share)
             loss = warmup_step(policy, optimizer, source, phase, config.rows, rate)
             step += 1
             if watch:

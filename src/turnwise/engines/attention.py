@@ -4,20 +4,29 @@ import torch
 from transformers import PreTrainedModel
 
 
+def sliding_layers(model: PreTrainedModel) -> frozenset[int]:
+    """The layers that see the last `sliding_window` tokens alone."""
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return frozenset(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+
+
 def attention_masks(
-    model: PreTrainedModel, visible: torch.Tensor, distance: torch.Tensor
+    model: PreTrainedModel, distance: torch.Tensor, near: torch.Tensor | None = None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """What `transformers` takes as attention mask: additive (B, 1, T, S), one for each kind of layer of the model.
 
-    `visible` says which keys a query may see, `distance` how many tokens before it they stand; both (B, T, S). Layers
-    with sliding attention see the last `sliding_window` tokens, the query's own included.
+    `distance` (B, T, S) says how many tokens before a query each key stands; a negative one cannot be seen. Layers with
+    sliding attention see distances below `sliding_window`; `near` holds theirs where they are given other keys.
     """
     dtype = next(model.parameters()).dtype
-    full = _additive(visible, dtype)
-    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
+    full = _additive(distance >= 0, dtype)
+    if not sliding_layers(model):
         return full
-    near = _additive(visible & (distance < model.config.sliding_window), dtype)
-    return {"full_attention": full, "sliding_attention": near}
+    near = distance if near is None else near
+    return {
+        "full_attention": full,
+        "sliding_attention": _additive((near >= 0) & (near < model.config.sliding_window), dtype),
+    }
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

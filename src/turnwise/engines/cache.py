@@ -10,11 +10,13 @@ class RowCache(Cache):
     """Keys and values of every layer, [rows, kv_heads, length, head_dim] each.
 
     Every row holds one sequence from position 0 on. `aim` says where the next forward pass writes
-    and what it reads; the caller's mask hides what lies behind a row's own length.
+    and what it reads; the caller's mask hides what lies behind a row's own length. The layers
+    `sliding` can be given a few keys of their own to read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sliding: frozenset[int] = frozenset()) -> None:
         super().__init__(layers=[])
+        self.sliding = sliding
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.num_rows = 0
@@ -39,13 +41,15 @@ class RowCache(Cache):
         source: torch.Tensor | None,
         read: slice | torch.Tensor,
         read_length: int,
+        near: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Where the next forward pass writes and reads.
 
         `write`: row and position of each new token. `source`: which tokens of the flattened batch
         these are (None: all). `read`: the rows of the batch, a slice where they are adjacent.
+        `near`: rows [B, 1] and positions [B, w] that sliding layers read, instead of all up to `read_length`.
         """
-        self._write, self._source, self._read, self._read_length = write, source, read, read_length
+        self._write, self._source, self._read, self._read_length, self._near = write, source, read, read_length, near
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -54,7 +58,11 @@ class RowCache(Cache):
         if layer_idx == len(self.keys):
             self.keys.append(self._room(key_states))
             self.values.append(self._room(value_states))
-        return self._through(self.keys[layer_idx], key_states), self._through(self.values[layer_idx], value_states)
+        near = self._near if layer_idx in self.sliding else None
+        return (
+            self._through(self.keys[layer_idx], key_states, near),
+            self._through(self.values[layer_idx], value_states, near),
+        )
 
     def move(self, target: torch.Tensor, source: torch.Tensor, length: int) -> None:
         """Copy the first `length` positions of rows `source` to rows `target`; they may overlap."""
@@ -62,11 +70,15 @@ class RowCache(Cache):
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
-    def _through(self, stored: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def _through(
+        self, stored: torch.Tensor, states: torch.Tensor, near: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
         new = states.transpose(1, 2).flatten(0, 1)
         if self._source is not None:
             new = new[self._source]
         stored.transpose(1, 2)[self._write] = new
+        if near is not None:
+            return stored.transpose(1, 2)[near].transpose(1, 2)
         rows, length = self._read, self._read_length
         if isinstance(rows, slice):
             return stored[rows, :, :length]

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from turnwise.engine import Completion, Sampling
-from turnwise.engines.attention import attention_masks
+from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.sampling import drawn_tokens
 from turnwise.errors import ConfigError, InputError
@@ -120,6 +120,7 @@ class HFEngine:
         self._head: Any = model.get_output_embeddings()
         self._device = next(model.parameters()).device
         self._vocab = self._head.weight.shape[0]
+        self._sliding = sliding_layers(model)
         self._is_stop = _stop_table(stop_ids, self._vocab)
         self._waiting: deque[_Request] = deque()
         self._sessions: dict[Hashable, _Request] = {}  # alive, with their latest request
@@ -262,7 +263,7 @@ class HFEngine:
 
     def _clear(self) -> None:
         self._rows = _Rows(self.max_rows, self.max_context)
-        self._cache = RowCache()
+        self._cache = RowCache(self._sliding)
         self._waiting.clear()
         self._row_of.clear()
 
@@ -387,25 +388,34 @@ class HFEngine:
             read_length = int(positions.max()) + 1
         self._reserve(int(read.max()) + 1, int(positions.max()) + 1)
         first, adjacent = int(read[0]), bool((np.diff(read) == 1).all())
+        near = None
+        if self._sliding and ids.shape[1] == 1:
+            near = positions + np.arange(1 - min(self._model.config.sliding_window, read_length), 1)
         self._cache.aim(
             write=(self._tensor(write[0]), self._tensor(write[1])),
             source=None if source is None else self._tensor(source),
             read=slice(first, first + len(read)) if adjacent else self._tensor(read),
             read_length=read_length,
+            near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(min=0))),
         )
         place = self._tensor(positions)
         return self._decoder(
             input_ids=self._tensor(ids),
             position_ids=place,
-            attention_mask=self._masks(place, read_length),
+            attention_mask=self._masks(place, read_length, None if near is None else self._tensor(near)),
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
 
-    def _masks(self, positions: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _masks(
+        self, positions: torch.Tensor, length: int, near: torch.Tensor | None
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         """A token at position p sees positions 0 to p, which stand at these places of its row."""
         distance = positions[:, :, None] - torch.arange(length, device=positions.device)
-        return attention_masks(self._model, distance >= 0, distance)
+        if near is None:
+            return attention_masks(self._model, distance)
+        behind = (positions - near).masked_fill(near < 0, -1)[:, None]
+        return attention_masks(self._model, distance, behind)
 
     def _draw(self, hidden: torch.Tensor, active: np.ndarray) -> None:
         """Draw the next token of rows `active` [B] from `hidden` [B, d]; answer what is done."""
