@@ -110,7 +110,7 @@ def test_a_misspelt_command_is_told_the_nearest():
     [
         (["train", "--estimator", "mt-grop"], "did you mean mt-grpo"),
         (["train", "--gamma", "3"], "gamma must be in"),
-        (["train", "--stepz", "3"], "Unrecognized options: --stepz, 3; perhaps --steps"),
+        (["train", "--stepz", "3"], "Unrecognized options: --stepz, 3; perhaps --steps; "),
         (["train", "--steps", "three"], "--steps: invalid literal for int() with base 10: 'three'"),
         (["search"], "A question or a few words. (required)"),
         (["eval", "somewhere", "--mode", "gredy"], "Expected one of ('greedy', 'sampled')"),

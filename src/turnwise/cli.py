@@ -91,10 +91,11 @@ def run_command(args: list[str]) -> int:
 
 def _unboxed(text: str, command: str) -> str:
     """What tyro says of wrong options, without its frame: the fault, the nearest options, where the others are."""
-    framed = [line.strip("│| ") for line in text.splitlines() if line.startswith(("│", "|"))]
-    lines = framed or text.splitlines()
-    fault = " ".join(itertools.takewhile(lambda line: line.strip("─-"), lines))
-    options = dict.fromkeys(re.findall(r"^--[\w.-]+", "\n".join(lines), flags=re.MULTILINE))
+    lines = [line.strip("│|+╭╮╰╯ ") for line in text.splitlines()]
+    ruled = [line if line.strip("─-") else "" for line in lines]
+    after_title = itertools.dropwhile(lambda line: not line, ruled[1:])
+    fault = " ".join(itertools.takewhile(bool, after_title))
+    options = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", "\n".join(lines), flags=re.MULTILINE))
     meant = f"; perhaps {' or '.join(list(options)[:3])}" if options and "perhaps" in text.lower() else ""
     return f"{fault}{meant}; `turnwise {command} --help` shows the options"
 
