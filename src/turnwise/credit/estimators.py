@@ -4,63 +4,12 @@ Every estimator returns a `Credit`: the advantages, and the streams they were ma
 why a turn got what it got. In all of them a group without variance, and a group of one, gives zero, never NaN.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
-from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """One normalised quantity: what each turn's value was compared with, and what came out."""
-
-    value: Turns
-    baseline: Turns
-    """The group's mean."""
-    advantage: Turns
-
-
-@dataclass(frozen=True, kw_only=True)
-class Credit:
-    """Turn advantages and the streams behind them, rows as in the table."""
-
-    advantages: Turns
-    streams: Mapping[str, Stream]
-
-
-def group_mean(values: Turns, keys: TurnKeys) -> Turns:
-    """The mean over all rows with the same key, at each row."""
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    return (np.bincount(inverse, weights=values) / counts)[inverse]
-
-
-def group_std(values: Turns, keys: TurnKeys, *, ddof: int) -> Turns:
-    """The standard deviation over all rows with the same key, at each row; 0 in groups of `ddof` rows or fewer.
-
-    Exactly 0 where all values of a group are equal.
-    """
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    means = np.bincount(inverse, weights=values) / counts
-    squares = np.bincount(inverse, weights=(values - means[inverse]) ** 2)
-    variance = squares / np.maximum(counts - ddof, 1)
-    low, high = np.full(len(counts), np.inf), np.full(len(counts), -np.inf)
-    np.minimum.at(low, inverse, values)
-    np.maximum.at(high, inverse, values)
-    return np.where((counts > ddof) & (high > low), np.sqrt(variance), 0.0)[inverse]
-
-
-def z_score(values: Turns, keys: TurnKeys, *, ddof: int = 1, eps: float = 1e-4) -> Turns:
-    """Values minus their group's mean, in units of its standard deviation.
-
-        z = (x − mean) / (std + eps),    0 where std = 0
-
-    `keys` names each row's group.
-    """
-    std = group_std(values, keys, ddof=ddof)
-    centred = values - group_mean(values, keys)
-    return np.where(std > 0, centred / (std + np.where(std > 0, eps, 1.0)), 0.0)
+from turnwise.credit.parts import Credit, Stream, group_mean, reward_to_go, turn_index_keys, z_score
+from turnwise.credit.table import Rollouts, TurnTable
 
 
 def _trajectory_credit(table: TurnTable, rewards: Rollouts, *, ddof: int, eps: float) -> Credit:
@@ -125,31 +74,6 @@ def mt_grpo(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float =
         ),
     }
     return Credit(advantages=advantages, streams=streams)
-
-
-def turn_index_keys(table: TurnTable) -> TurnKeys:
-    """A key per turn that is shared by the turns of one group at one index."""
-    _, group = np.unique(table.group, return_inverse=True)  # small numbers, whatever the caller's are
-    return group * (int(table.index.max()) + 1) + table.index
-
-
-def reward_to_go(turns: Turns, final: Rollouts, table: TurnTable, *, discount: float) -> Turns:
-    """Each turn's own number plus the discounted rest of its rollout.
-
-    Gₖ = xₖ + discount · Gₖ₊₁,    G_K = x_K + final   for the last turn K
-    """
-    out = turns.astype(float).copy()
-    out[table.last] += final
-    for k in range(int(table.index.max()) - 1, -1, -1):
-        rows = np.flatnonzero((table.index == k) & ~_is_last(table))
-        out[rows] += discount * out[rows + 1]
-    return out
-
-
-def _is_last(table: TurnTable) -> np.ndarray:
-    last = np.zeros(len(table.rollout), dtype=bool)
-    last[table.last] = True
-    return last
 
 
 ESTIMATORS: dict[str, Callable[..., Credit]] = {

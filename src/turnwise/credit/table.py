@@ -1,14 +1,18 @@
-"""The turn table: one row per turn over a whole step, columns as flat arrays.
+"""The turn table: one row per turn over a whole step, columns as flat arrays; and the token table beside it.
 
 Rollouts may differ in their number of turns; nothing is padded. A reward component that a turn or rollout does not
-have is *absent* (NaN inside the table), which is not the same as 0.
+have is *absent* (NaN inside the table), which is not the same as 0. What only some methods need (values, anchor
+states, tree nodes, token counts) is a column that may be missing; a method that needs it says so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
+
+T = TypeVar("T")
 
 Turns = Float[np.ndarray, "N"]
 """One number per turn."""
@@ -34,12 +38,27 @@ class TurnTable:
     """Reward components paid at the end of a turn; NaN where absent."""
     outcome_rewards: Mapping[str, Rollouts]
     """Reward components paid at the end of a rollout; NaN where absent."""
+    values: Turns | None = None
+    """A critic's value of the state before each turn."""
+    bootstrap: Rollouts | None = None
+    """Value of the state in which a rollout was cut off; 0 where it ended itself. None: all ended themselves."""
+    anchor: TurnKeys | None = None
+    """Turns of one group with equal keys were taken in equal states."""
+    node: TurnKeys | None = None
+    """Which node of its group's tree a turn is; rollouts that share a turn name the same node."""
+    tokens: TurnKeys | None = None
+    """How many tokens the policy sampled in each turn, one at least."""
 
     def __post_init__(self) -> None:
+        self._check_rows()
+        self._check_rewards()
+        self._check_optional()
+
+    def _check_rows(self) -> None:
         turns = len(self.rollout)
         if turns == 0:
             raise ValueError("a turn table must hold at least one turn; got none")
-        for name, column in (("index", self.index), ("group", self.group), *self.turn_rewards.items()):
+        for name, column in (("index", self.index), ("group", self.group)):
             if len(column) != turns:
                 raise ValueError(f"column {name!r} must have one entry per turn ({turns}); got {len(column)}")
         step = np.diff(self.rollout)
@@ -54,6 +73,13 @@ class TurnTable:
         mixed = np.flatnonzero((step == 0) & (np.diff(self.group) != 0))
         if len(mixed):
             raise ValueError(f"a rollout must be in one group; row {mixed[0] + 1} changes it")
+
+    def _check_rewards(self) -> None:
+        for name, column in self.turn_rewards.items():
+            if len(column) != len(self.rollout):
+                raise ValueError(
+                    f"column {name!r} must have one entry per turn ({len(self.rollout)}); got {len(column)}"
+                )
         for name, column in self.outcome_rewards.items():
             if len(column) != self.num_rollouts:
                 raise ValueError(
@@ -62,6 +88,43 @@ class TurnTable:
         for name, column in (*self.turn_rewards.items(), *self.outcome_rewards.items()):
             if np.isinf(column).any():
                 raise ValueError(f"rewards must be finite; {name!r} is infinite in row {np.isinf(column).argmax()}")
+
+    def _check_optional(self) -> None:
+        lengths = {"values": len(self.rollout), "anchor": len(self.rollout), "node": len(self.rollout)}
+        lengths |= {"tokens": len(self.rollout), "bootstrap": self.num_rollouts}
+        for name, length in lengths.items():
+            column = getattr(self, name)
+            if column is None:
+                continue
+            if len(column) != length:
+                what = "rollout" if name == "bootstrap" else "turn"
+                raise ValueError(f"column {name!r} must have one entry per {what} ({length}); got {len(column)}")
+            if not np.isfinite(column).all():
+                row = int((~np.isfinite(column)).argmax())
+                raise ValueError(f"column {name!r} must be finite; row {row} is {column[row]}")
+        if self.tokens is not None and self.tokens.min() < 1:
+            raise ValueError(f"a turn must have at least one token; row {int(self.tokens.argmin())} has none")
+        if self.node is not None:
+            self._check_tree(self.node)
+
+    def _check_tree(self, node: TurnKeys) -> None:
+        """One node, one parent: rollouts that meet in a node came the same way."""
+        before = np.where(self.index == 0, -1, np.roll(node, 1))
+        place = np.stack([self.group, self.index, before])
+        _, first, inverse = np.unique(node, return_index=True, return_inverse=True)
+        odd = np.flatnonzero((place != place[:, first[inverse]]).any(0))
+        if len(odd):
+            row, other = int(odd[0]), int(first[inverse[odd[0]]])
+            raise ValueError(
+                f"rows of one tree node must agree in group, turn index and the node before; rows {other} and {row} "
+                f"of node {int(node[row])} do not"
+            )
+
+    def need(self, *names: str) -> None:
+        """ValueError where a method needs a column that the table does not have."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(f"this method needs the column {name!r} of the turn table; it is missing; give it")
 
     @property
     def num_rollouts(self) -> int:
@@ -93,16 +156,73 @@ def _summed(columns: Mapping[str, np.ndarray], length: int) -> np.ndarray:
     return total
 
 
+Tokens = Float[np.ndarray, "M"]
+"""One number per token."""
+TokenKeys = Int[np.ndarray, "M"]
+"""One whole number per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTable:
+    """The tokens that follow the prompts of a step, rollout by rollout, in order; environment tokens among them."""
+
+    turns: TurnTable
+    turn: TokenKeys
+    """The turn table's row that sampled the token; -1 for tokens that the policy did not write."""
+    values: Tokens | None = None
+    """A critic's value of the state before each token; ignored where the policy did not write it."""
+
+    def __post_init__(self) -> None:
+        written = self.turn[self.turn >= 0]
+        rows = len(self.turns.rollout)
+        if len(written) == 0 or not np.array_equal(np.unique(written), np.arange(rows)):
+            raise ValueError(f"every one of the {rows} turns must have a token; turn {self._missing(written)} has none")
+        if (np.diff(written) < 0).any():
+            at = int(np.flatnonzero(np.diff(written) < 0)[0]) + 1
+            raise ValueError(
+                f"tokens must come in the order of turns; turn {written[at]} follows turn {written[at - 1]}"
+            )
+        if self.values is not None:
+            if len(self.values) != len(self.turn):
+                raise ValueError(f"values must have one entry per token ({len(self.turn)}); got {len(self.values)}")
+            if not np.isfinite(self.values[self.turn >= 0]).all():
+                raise ValueError("values must be finite at every token that the policy wrote")
+
+    def _missing(self, written: TokenKeys) -> int:
+        return int(np.setdiff1d(np.arange(len(self.turns.rollout)), written)[0])
+
+    @property
+    def last(self) -> TurnKeys:
+        """The place of each turn's last token."""
+        written = np.flatnonzero(self.turn >= 0)
+        return written[np.append(np.flatnonzero(np.diff(self.turn[written])), len(written) - 1)]
+
+
+def token_table(turns: TurnTable) -> TokenTable:
+    """The tokens of a turn table with token counts, without environment tokens and values."""
+    turns.need("tokens")
+    assert turns.tokens is not None
+    return TokenTable(turns=turns, turn=np.repeat(np.arange(len(turns.rollout)), turns.tokens))
+
+
 def turn_table(
     groups: Sequence[int],
     turn_rewards: Sequence[Sequence[Mapping[str, float]]],
     outcome_rewards: Sequence[Mapping[str, float]],
+    *,
+    values: Sequence[Sequence[float]] | None = None,
+    bootstrap: Sequence[float] | None = None,
+    anchors: Sequence[Sequence[Hashable]] | None = None,
+    nodes: Sequence[Sequence[Hashable]] | None = None,
+    tokens: Sequence[Sequence[int]] | None = None,
 ) -> TurnTable:
     """The table of rollouts given as plain lists.
 
     `groups` has one number per rollout, `turn_rewards` one mapping per turn of each rollout, `outcome_rewards` one
-    mapping per rollout. A name that is missing from a mapping is absent there. Raises ValueError for a rollout without
-    turns, lists of different lengths, and rewards that are not finite.
+    mapping per rollout. A name that is missing from a mapping is absent there. `values`, `anchors`, `nodes` and
+    `tokens` have one entry per turn of each rollout, `bootstrap` one per rollout; anchors and nodes may be anything
+    hashable.
+    Raises ValueError for a rollout without turns, lists of different lengths, and rewards that are not finite.
     """
     if not len(groups) == len(turn_rewards) == len(outcome_rewards):
         raise ValueError(
@@ -121,7 +241,25 @@ def turn_table(
         group=np.repeat(np.asarray(groups, dtype=np.int64), lengths),
         turn_rewards=_columns(rows, "turn"),
         outcome_rewards=_columns(outcome_rewards, "rollout"),
+        values=None if values is None else np.array(_flat(values, lengths, "values"), dtype=float),
+        bootstrap=None if bootstrap is None else np.array(bootstrap, dtype=float),
+        anchor=None if anchors is None else _numbered(_flat(anchors, lengths, "anchors")),
+        node=None if nodes is None else _numbered(_flat(nodes, lengths, "nodes")),
+        tokens=None if tokens is None else np.array(_flat(tokens, lengths, "tokens"), dtype=np.int64),
     )
+
+
+def _flat(ragged: Sequence[Sequence[T]], lengths: np.ndarray, name: str) -> list[T]:
+    found = [len(each) for each in ragged]
+    if found != lengths.tolist():
+        raise ValueError(f"{name} must have one entry per turn, {lengths.tolist()} of each rollout; got {found}")
+    return [entry for each in ragged for entry in each]
+
+
+def _numbered(keys: Sequence[Hashable]) -> TurnKeys:
+    """Equal keys get equal numbers."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
 def _columns(rows: Sequence[Mapping[str, float]], what: str) -> dict[str, np.ndarray]:
