@@ -1,6 +1,7 @@
 """Turn-level credit: advantages from turn rewards and outcomes. Numpy alone."""
 
-from turnwise.credit.estimators import ESTIMATORS, grpo_mr, grpo_or, mt_grpo
+from turnwise.credit.estimators import ESTIMATORS
+from turnwise.credit.mt_grpo import mt_grpo, mt_grpo_repo
 from turnwise.credit.parts import (
     Credit,
     Stream,
@@ -13,6 +14,16 @@ from turnwise.credit.parts import (
     z_score,
 )
 from turnwise.credit.table import TokenTable, TurnTable, token_table, turn_table
+from turnwise.credit.trajectory import (
+    dr_grpo,
+    gdpo,
+    grpo_mr,
+    grpo_or,
+    informative,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    rloo,
+)
 
 __all__ = [
     "ESTIMATORS",
@@ -20,13 +31,20 @@ __all__ = [
     "Stream",
     "TokenTable",
     "TurnTable",
+    "dr_grpo",
+    "gdpo",
     "group_mean",
     "group_std",
     "grpo_mr",
     "grpo_or",
+    "informative",
     "leave_one_out_mean",
     "mt_grpo",
+    "mt_grpo_repo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
     "reward_to_go",
+    "rloo",
     "token_table",
     "turn_index_keys",
     "turn_table",

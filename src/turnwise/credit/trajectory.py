@@ -1,0 +1,191 @@
+"""One number per rollout, on all of its turns: GRPO and its relatives.
+
+Each takes the rollout's reward as `rewards` says: "outcome" alone, or "merged", which is turn rewards and outcome in
+one sum. The suffixes -OR and -MR of arXiv 2505.11821 stand for these two.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
+
+from turnwise.credit.parts import Credit, Stream, group_mean, group_std, leave_one_out_mean, z_score
+from turnwise.credit.table import RolloutKeys, Rollouts, TurnTable
+
+Merging = Literal["outcome", "merged"]
+RolloutFlags = Bool[np.ndarray, "R"]
+
+
+def rollout_rewards(table: TurnTable, rewards: Merging, *, gamma: float = 1.0) -> Rollouts:
+    """Each rollout's one reward.
+
+    outcome:  Rᴼᵢ            merged:  Σₖ γ^(k−1) rᵢₖ + γ^(Kᵢ−1) Rᴼᵢ
+    """
+    if rewards == "outcome":
+        return table.outcome_reward()
+    if rewards != "merged":
+        raise ValueError(f"rewards must be 'outcome' or 'merged'; got {rewards!r}; give one of them")
+    discount = gamma ** table.index.astype(float)
+    merged = np.bincount(table.rollout, weights=discount * table.turn_reward())
+    return merged + discount[table.last] * table.outcome_reward()
+
+
+def grpo_or(table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Credit:
+    """GRPO on the outcome reward alone: one advantage for the whole rollout.
+
+        Aᵢ = (Rᴼᵢ − mean Rᴼ) / (std Rᴼ + eps)   over the rollouts of the group
+
+    Shao et al. 2024, arXiv 2402.03300; "GRPO-OR" of arXiv 2505.11821.
+    """
+    return _grpo(table, rollout_rewards(table, "outcome"), ddof=ddof, eps=eps)
+
+
+def grpo_mr(table: TurnTable, *, gamma: float = 1.0, ddof: int = 1, eps: float = 1e-4) -> Credit:
+    """GRPO on the merged reward: turn rewards and outcome in one sum, one advantage for the whole rollout.
+
+        Rᵢ = Σₖ γ^(k−1) rᵢₖ + γ^(Kᵢ−1) Rᴼᵢ,    Aᵢ = (Rᵢ − mean R) / (std R + eps)
+
+    "GRPO-MR" of arXiv 2505.11821, section 3. `gamma` discounts per turn.
+    """
+    return _grpo(table, rollout_rewards(table, "merged", gamma=gamma), ddof=ddof, eps=eps)
+
+
+def _grpo(table: TurnTable, rewards: Rollouts, *, ddof: int, eps: float) -> Credit:
+    group = table.rollout_group
+    return _spread(table, rewards, group_mean(rewards, group), z_score(rewards, group, ddof=ddof, eps=eps))
+
+
+def dr_grpo(table: TurnTable, *, rewards: Merging = "merged") -> Credit:
+    """GRPO without the division by the standard deviation.
+
+        Aᵢ = Rᵢ − mean R   over the rollouts of the group
+
+    Liu et al. 2025, arXiv 2503.20783. The expected gradient is (G−1)/G times the true one: the mean contains the
+    rollout's own reward.
+    """
+    found = rollout_rewards(table, rewards)
+    baseline = group_mean(found, table.rollout_group)
+    return _spread(table, found, baseline, found - baseline)
+
+
+def rloo(table: TurnTable, *, rewards: Merging = "merged", singleton: Literal["zero", "raw"] = "zero") -> Credit:
+    """REINFORCE with the mean of the group's other rollouts as baseline.
+
+        Aᵢ = Rᵢ − mean over j ≠ i of Rⱼ = G/(G−1) (Rᵢ − mean R)
+
+    Ahmadian et al. 2024, arXiv 2402.14740. Unbiased. A group of one has nothing to compare with: it gets 0, or with
+    `singleton="raw"` its reward.
+    """
+    found = rollout_rewards(table, rewards)
+    group = table.rollout_group
+    baseline = leave_one_out_mean(found, group)
+    if singleton == "zero":
+        baseline = np.where(_group_sizes(group) > 1, baseline, found)
+    elif singleton != "raw":
+        raise ValueError(f"singleton must be 'zero' or 'raw'; got {singleton!r}; give one of them")
+    return _spread(table, found, baseline, found - baseline)
+
+
+def reinforce_pp(
+    table: TurnTable, *, rewards: Merging = "merged", over: Literal["tokens", "rollouts"] = "tokens", eps: float = 1e-8
+) -> Credit:
+    """REINFORCE++: the rollout's reward, whitened over the whole step rather than its group.
+
+        Aᵢ = (Rᵢ − μ) / (σ + eps)   with μ, σ over all rollouts of the step
+
+    Hu 2025, arXiv 2501.03262, without its KL term in the reward. `over="tokens"` weighs each rollout by its sampled
+    tokens, as whitening a padded token array does; it needs the column `tokens`.
+    """
+    found = rollout_rewards(table, rewards)
+    mean, std = _step_moments(found, _weights(table, over))
+    return _spread(table, found, np.full(len(found), mean), _scaled(found - mean, std, eps))
+
+
+def reinforce_pp_baseline(
+    table: TurnTable, *, rewards: Merging = "merged", over: Literal["tokens", "rollouts"] = "tokens", eps: float = 1e-8
+) -> Credit:
+    """REINFORCE++-baseline: the group's mean is taken off first, then the step is whitened.
+
+        Dᵢ = Rᵢ − mean R over the group,    Aᵢ = (Dᵢ − μ) / (σ + eps)   with μ, σ of D over the step
+
+    Hu 2025, arXiv 2501.03262. `over` as in `reinforce_pp`.
+    """
+    found = rollout_rewards(table, rewards)
+    baseline = group_mean(found, table.rollout_group)
+    centred = found - baseline
+    mean, std = _step_moments(centred, _weights(table, over))
+    return _spread(table, found, baseline, _scaled(centred - mean, std, eps))
+
+
+def gdpo(table: TurnTable, *, weights: Mapping[str, float] | None = None, ddof: int = 1, eps: float = 1e-4) -> Credit:
+    """GDPO: every reward component is normalised on its own, then they are summed.
+
+        Aᵢ = whiten( Σ_c w_c · z-score of R_c,ᵢ over the group )   with the whitening over all rollouts of the step
+
+    arXiv 2601.05242. Components are those of the outcome, and those of the turns summed over a rollout; `weights` are
+    1 unless given by name. A component that a rollout does not have counts 0.
+    """
+    components = {**table.outcome_rewards}
+    for name, column in table.turn_rewards.items():
+        total = np.bincount(table.rollout, weights=np.nan_to_num(column, nan=0.0))
+        components[name] = np.nan_to_num(components.get(name, 0.0), nan=0.0) + total
+    unknown = sorted(set(weights or {}) - set(components))
+    if unknown:
+        raise ValueError(f"weights must name reward components, {sorted(components)}; got {unknown[0]!r}")
+    group = table.rollout_group
+    summed, streams = np.zeros(table.num_rollouts), {}
+    for name, column in components.items():
+        value = np.nan_to_num(column, nan=0.0)
+        own = (weights or {}).get(name, 1.0) * z_score(value, group, ddof=ddof, eps=eps)
+        streams[name] = _stream(table, value, group_mean(value, group), own)
+        summed += own
+    mean, std = _step_moments(summed, np.ones(len(summed)))
+    return Credit(advantages=_scaled(summed - mean, std, eps)[table.rollout], streams=streams)
+
+
+def informative(table: TurnTable, *, rewards: Merging = "merged") -> RolloutFlags:
+    """Which rollouts are in a group whose rewards differ: DAPO's filter, which draws other questions for the rest.
+
+    Yu et al. 2025, arXiv 2503.14476, section 3.2.
+    """
+    return group_std(rollout_rewards(table, rewards), table.rollout_group, ddof=0) > 0
+
+
+def _spread(table: TurnTable, value: Rollouts, baseline: Rollouts, advantage: Rollouts) -> Credit:
+    """One number per rollout, on all of its turns."""
+    stream = _stream(table, value, baseline, advantage)
+    return Credit(advantages=stream.advantage, streams={"trajectory": stream})
+
+
+def _stream(table: TurnTable, value: Rollouts, baseline: Rollouts, advantage: Rollouts) -> Stream:
+    at = table.rollout
+    return Stream(value=value[at], baseline=baseline[at], advantage=advantage[at])
+
+
+def _group_sizes(group: RolloutKeys) -> RolloutKeys:
+    _, inverse, counts = np.unique(group, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def _weights(table: TurnTable, over: str) -> Rollouts:
+    if over == "rollouts":
+        return np.ones(table.num_rollouts)
+    if over != "tokens":
+        raise ValueError(f"over must be 'tokens' or 'rollouts'; got {over!r}; give one of them")
+    table.need("tokens")
+    assert table.tokens is not None
+    return np.bincount(table.rollout, weights=table.tokens)
+
+
+def _step_moments(values: Rollouts, weights: Rollouts) -> tuple[float, float]:
+    """Weighted mean and standard deviation (ddof 1, in units of weight); exactly 0 where all values are equal."""
+    total = weights.sum()
+    mean = float((weights * values).sum() / total)
+    if values.min() == values.max():
+        return float(values[0]), 0.0
+    return mean, float(np.sqrt((weights * (values - mean) ** 2).sum() / max(total - 1, 1)))
+
+
+def _scaled(centred: Rollouts, std: float, eps: float) -> Rollouts:
+    return centred / (std + eps) if std > 0 else np.zeros(len(centred))
