@@ -65,7 +65,7 @@ def test_a_group_of_one_gets_nothing_from_rloo_or_its_reward():
     alone = table([0], [[1.0, 2.0]], [3.0])
     assert_allclose(rloo(alone).advantages, [0, 0])
     assert_allclose(rloo(alone, singleton="raw").advantages, [6, 6])
-    with pytest.raises((ValueError, TypeCheckError), match="'zero'.*'raw'"):
+    with pytest.raises((ValueError, TypeCheckError), match=r"'zero'.*'raw'"):
         rloo(alone, singleton="one")  # pyright: ignore[reportArgumentType]
 
 

@@ -1,5 +1,6 @@
 """Turn-level credit: advantages from turn rewards and outcomes. Numpy alone."""
 
+from turnwise.credit.diagnostics import diagnostics
 from turnwise.credit.estimators import ESTIMATORS
 from turnwise.credit.mt_grpo import mt_grpo, mt_grpo_repo
 from turnwise.credit.parts import (
@@ -14,6 +15,7 @@ from turnwise.credit.parts import (
     z_score,
 )
 from turnwise.credit.table import TokenTable, TurnTable, token_table, turn_table
+from turnwise.credit.tokens import broadcast, loss_weights, padded, padded_tokens, turn_ids_from_mask
 from turnwise.credit.trajectory import (
     dr_grpo,
     gdpo,
@@ -31,6 +33,8 @@ __all__ = [
     "Stream",
     "TokenTable",
     "TurnTable",
+    "broadcast",
+    "diagnostics",
     "dr_grpo",
     "gdpo",
     "group_mean",
@@ -39,13 +43,17 @@ __all__ = [
     "grpo_or",
     "informative",
     "leave_one_out_mean",
+    "loss_weights",
     "mt_grpo",
     "mt_grpo_repo",
+    "padded",
+    "padded_tokens",
     "reinforce_pp",
     "reinforce_pp_baseline",
     "reward_to_go",
     "rloo",
     "token_table",
+    "turn_ids_from_mask",
     "turn_index_keys",
     "turn_table",
     "whiten",
