@@ -29,6 +29,7 @@ LAYERS = [
     "rollout",
     "rewards",
     "credit",
+    "traces",
     "batch",
     "loss",
     "policy",

@@ -1,0 +1,161 @@
+"""Recorded rollouts as a turn table: a run's own, and a plain JSON-lines format that any tool can write.
+
+One line is one rollout:
+
+    {"group": "q1", "turns": [{"rewards": {"found": 0.5}, "text": "search(...)"}, {}], "outcome": {"right": 1}}
+
+`group` and `turns` must be there; `outcome` holds the named rewards of the whole rollout. A turn may have `rewards`,
+`text`, `tokens` (how many the policy sampled), `value` (a critic's, of the state before it), `anchor` (equal for turns
+taken in equal states) and `node` (equal for turns that rollouts of a tree share). A rollout may have `id` and
+`bootstrap` (the value of the state in which it was cut off). A run's rollouts.jsonl is read as it is.
+"""
+
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turnwise.credit import TurnTable, turn_table
+from turnwise.errors import InputError
+from turnwise.tasks import read_records
+
+TURN_FIELDS = ("rewards", "text", "tokens", "value", "anchor", "node")
+ROLLOUT_FIELDS = ("group", "id", "turns", "outcome", "bootstrap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedTurn:
+    """One turn of a recorded rollout; what was not recorded is None."""
+
+    rewards: Mapping[str, float]
+    text: str = ""
+    tokens: int | None = None
+    value: float | None = None
+    anchor: Hashable = None
+    node: Hashable = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One recorded rollout."""
+
+    id: str
+    group: Hashable
+    turns: tuple[TracedTurn, ...]
+    outcome: Mapping[str, float]
+    bootstrap: float | None = None
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """The rollouts of a file, in its order.
+
+    Raises InputError, with line and field, for a file that cannot be read, holds no rollout, or holds something else.
+    """
+    traces = []
+    for number, record in read_records(path):
+        place = f"{path.name}:{number}"
+        traces.append(_of_run(record, place) if "rollout" in record else _trace(record, place))
+    return traces
+
+
+def traces_table(traces: Sequence[Trace]) -> TurnTable:
+    """The turn table of recorded rollouts, with each optional column that all of their turns have."""
+    groups: dict[Hashable, int] = {}
+
+    def column(name: str) -> list[list[Any]] | None:
+        found = [[getattr(turn, name) for turn in trace.turns] for trace in traces]
+        return None if any(entry is None for turns in found for entry in turns) else found
+
+    return turn_table(
+        [groups.setdefault(trace.group, len(groups)) for trace in traces],
+        [[turn.rewards for turn in trace.turns] for trace in traces],
+        [trace.outcome for trace in traces],
+        values=column("value"),
+        bootstrap=[trace.bootstrap or 0.0 for trace in traces],
+        anchors=column("anchor"),
+        nodes=column("node"),
+        tokens=column("tokens"),
+    )
+
+
+def _trace(record: Mapping[str, Any], place: str) -> Trace:
+    _check_fields(record, ROLLOUT_FIELDS, place)
+    group = record.get("group")
+    if not isinstance(group, str | int):
+        raise _wrong(place, "group", "a text or a whole number", group)
+    turns = record.get("turns")
+    if not isinstance(turns, list) or not turns:
+        raise _wrong(place, "turns", "a list of at least one turn", turns)
+    bootstrap = record.get("bootstrap")
+    return Trace(
+        id=str(record.get("id", place)),
+        group=group,
+        turns=tuple(_turn(turn, f"{place}, turn {k}") for k, turn in enumerate(turns)),
+        outcome=_rewards(record.get("outcome"), f"{place}, outcome"),
+        bootstrap=None if bootstrap is None else _number(bootstrap, place, "bootstrap"),
+    )
+
+
+def _turn(record: Any, place: str) -> TracedTurn:
+    if not isinstance(record, dict):
+        raise _wrong(place, "a turn", "a JSON object", record)
+    _check_fields(record, TURN_FIELDS, place)
+    tokens, value = record.get("tokens"), record.get("value")
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+        raise _wrong(place, "tokens", "a whole number of at least 1", tokens)
+    for name in ("anchor", "node"):
+        if not isinstance(record.get(name), str | int | None):
+            raise _wrong(place, name, "a text or a whole number", record[name])
+    return TracedTurn(
+        rewards=_rewards(record.get("rewards"), f"{place}, rewards"),
+        text=str(record.get("text", "")),
+        tokens=tokens,
+        value=None if value is None else _number(value, place, "value"),
+        anchor=record.get("anchor"),
+        node=record.get("node"),
+    )
+
+
+def _of_run(record: Mapping[str, Any], place: str) -> Trace:
+    """A line of a run's rollouts.jsonl."""
+    try:
+        rollout = record["rollout"]
+        return Trace(
+            id=f"{rollout['task_id']} #{place.rpartition(':')[2]}",
+            group=(record["step"], rollout["group"]),
+            turns=tuple(
+                TracedTurn(rewards=_rewards(rewards, place), text=turn["text"], tokens=len(turn["action_ids"]))
+                for turn, rewards in zip(rollout["turns"], rollout["turn_rewards"], strict=True)
+            ),
+            outcome=_rewards(rollout["outcome_rewards"], place),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{place} must be a rollout that a run recorded; {type(error).__name__}: {error}; repair or delete the line"
+        ) from error
+
+
+def _rewards(found: Any, place: str) -> dict[str, float]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise _wrong(place, "rewards", "an object of names and numbers", found)
+    return {name: _number(value, place, name) for name, value in found.items()}
+
+
+def _number(value: Any, place: str, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _wrong(place, name, "a finite number", value)
+    return float(value)
+
+
+def _check_fields(record: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    unknown = [name for name in record if name not in known]
+    if unknown:
+        raise InputError(f"{place} must have fields of {', '.join(known)}; got {unknown[0]!r}; rename or delete it")
+
+
+def _wrong(place: str, name: str, wanted: str, got: Any) -> InputError:
+    return InputError(f"{place}: {name} must be {wanted}; got {json.dumps(got)[:80]}; repair the line")
