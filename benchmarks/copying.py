@@ -23,7 +23,8 @@ from turnwise.policy import load_policy, token_logprobs
 from turnwise.warmup import REPEATED_LENGTH, REPEATED_PIECES, _taught
 
 VARIANTS = {
-    "window of 2 first, heads of 64": {},
+    "window of 3 first, heads of 64": {},
+    "window of 2 first, heads of 64": {"sliding_window": 2},
     "full attention, heads of 64": {"layer_types": ["full_attention"] * 3},
     "full attention, heads of 32": {"layer_types": ["full_attention"] * 3, "head_dim": 32},
 }

@@ -30,6 +30,8 @@ def test_paths_weights_and_names_survive_json():
         ("estimator", "mt_grpo", "did you mean mt-grpo"),
         ("alpha", 1.01, r"alpha must be in \[0, 1\]; got 1.01"),
         ("alpha", math.nan, "alpha must be"),
+        ("ratio", "turns", "ratio must be a known name; got 'turns'; did you mean turn"),
+        ("ratio", "sequence", "got mt-grpo: .* turn credit be lost; take ratio 'turn'"),
         ("gamma", 0.0, r"gamma must be in \(0, 1\]; got 0.0"),
         ("gamma", math.nan, "gamma must be"),
         ("steps", 0, "steps must be >= 1; got 0"),
@@ -82,3 +84,7 @@ def test_a_file_without_options_is_refused(tmp_path, name: str, text: str, messa
 def test_a_missing_option_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="must exist"):
         read_config_file(tmp_path / "none.toml")
+
+
+def test_a_sequence_ratio_goes_with_one_advantage_per_rollout():
+    assert TrainConfig(ratio="sequence", estimator="grpo-mr").ratio == "sequence"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from turnwise.loss import clipped_surrogate, policy_loss, reference_kl, rollout_mean_weights
+from turnwise.loss import clipped_surrogate, policy_loss, reference_kl, rollout_mean_weights, segment_ratio
 
 logprob = st.floats(-20, 0, width=32)
 
@@ -89,3 +89,42 @@ def test_weights_are_the_mean_over_rollouts_of_each_ones_token_mean():
     mask = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
     expected = torch.tensor([[1 / 4, 0, 0], [1 / 12, 1 / 12, 1 / 12], [0, 0, 0]])
     assert_close(rollout_mean_weights(mask, 4), expected)
+
+
+# ------------------------------------------------------------------------------ ratios of segments
+
+
+def test_a_segments_ratio_is_the_geometric_mean_of_its_tokens():
+    # segment 7: shifts ln 2 and ln 8, mean ln 4; segment 3: ln ½
+    found = segment_ratio(t(math.log(2), math.log(0.5), math.log(8)), torch.tensor([7, 3, 7]))
+    assert_close(found, t(4.0, 0.5, 4.0))
+
+
+def test_one_token_segments_are_token_ratios():
+    policy, sampling = t(-1.0, -2.0, -0.5), t(-1.5, -1.0, -0.7)
+    advantages, weights = t(1.0, -2.0, 0.5), t(0.2, 0.3, 0.5)
+    usual = policy_loss(policy, sampling, advantages, weights)
+    alone = policy_loss(policy, sampling, advantages, weights, segments=torch.arange(3))
+    together = policy_loss(policy, sampling, advantages, weights, segments=torch.zeros(3, dtype=torch.int64))
+    assert_close(alone.loss, usual.loss)
+    assert (together.loss - usual.loss).abs() > 0.01
+
+
+def gradient_at_one(segments: torch.Tensor | None) -> torch.Tensor:
+    """The loss's slope in four tokens' log-probabilities, on policy; two turns of advantages 1 and −1."""
+    policy = torch.tensor([-1.0, -2.0, -0.5, -0.1], requires_grad=True)
+    weights = torch.full((4,), 0.25)
+    policy_loss(policy, policy.detach(), t(1, 1, -1, -1), weights, segments=segments).loss.backward()
+    assert policy.grad is not None
+    return policy.grad
+
+
+def test_on_policy_turn_ratios_have_the_gradient_of_token_ratios():  # identity 34
+    by_token, by_turn = gradient_at_one(None), gradient_at_one(torch.tensor([0, 0, 1, 1]))
+    assert_close(by_token, t(-0.25, -0.25, 0.25, 0.25))
+    assert_close(by_turn, by_token)
+
+
+def test_a_sequence_ratio_deletes_turn_credit():
+    # the two turns' advantages cancel in the sum, which is all that the shared ratio lets through
+    assert_close(gradient_at_one(torch.zeros(4, dtype=torch.int64)), torch.zeros(4))

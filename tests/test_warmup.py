@@ -57,6 +57,28 @@ def test_a_skilful_demonstration_calls_for_the_entity_and_reads_the_answer(sourc
     assert parse(shown.messages[1]).answer == "Nairobi"
 
 
+def test_follow_ups_are_asked_and_answered_about_the_article_in_view(source: SubjectSource) -> None:
+    skilful = Demonstrator(source, SKILLS)
+    for _ in range(20):
+        shown = skilful.about(kenya(), calls=True)
+        article, later = shown.replies[0], shown.replies[1:]
+        assert len(shown.messages) == len(shown.replies) + 1
+        assert len(set(later)) == len(later) <= SKILLS.follow_ups
+        for question, message in zip(later, shown.messages[2:], strict=True):
+            assert "Kenya" in question
+            assert parse(message).answer in article
+
+
+def test_an_unfamiliar_question_is_asked_as_it_stands(source: SubjectSource) -> None:
+    demonstrator = Demonstrator(source, Habits(untidy=0))
+    for _ in range(20):
+        shown = demonstrator.about_nothing_known()
+        call = parse(shown.messages[0]).tool_call
+        assert call is not None
+        assert call.arguments == {"query": shown.question}
+        assert 4 <= len(shown.question.split()) <= 22
+
+
 def test_a_reader_who_reads_wrong_copies_another_value_of_the_article(source: SubjectSource) -> None:
     wrong = Demonstrator(source, Habits(malforms=0, strays=0, asks_whole=0, reads_right=0, untidy=0))
     answers = {parse(wrong.about(kenya(), calls=True).messages[1]).answer for _ in range(40)}

@@ -498,6 +498,35 @@ def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
     print(f"The page is {write_report(loaded, out or default)}.")
 
 
+def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out: Path | None = None) -> None:
+    """Compute the credit of recorded rollouts by several methods, side by side.
+
+    Args:
+        file: A run's rollouts.jsonl, or JSON lines of turns and rewards (see docs/credit.md).
+        methods: Names of estimators; by default all that the file has the columns for.
+        groups: Groups to print.
+        out: Also write an HTML page there.
+    """
+    from turnwise.credit import ESTIMATORS, NEEDS
+    from turnwise.report.side import print_side_by_side, write_side_by_side
+    from turnwise.traces import read_traces, traces_table
+
+    for name in methods:
+        if name not in ESTIMATORS:
+            raise unknown_name("methods", name, ESTIMATORS)
+    traces = read_traces(file)
+    table = traces_table(traces)
+    able = [name for name in ESTIMATORS if all(getattr(table, column) is not None for column in NEEDS.get(name, ()))]
+    for name in methods:
+        if name not in able:
+            needed = " and ".join(NEEDS[name])
+            raise InputError(f"{file} must have {needed} in every turn for {name}; it has not; add it, or leave it out")
+    found = {name: ESTIMATORS[name](table).advantages for name in methods or able}
+    print_side_by_side(traces, found, _console(), groups=groups)
+    if out:
+        print(f"The page is {write_side_by_side(traces, found, file, out)}.")
+
+
 # --- the commands ---------------------------------------------------------------------------------
 
 
@@ -515,6 +544,7 @@ COMMANDS = {
     "eval": Command("measure a policy on questions, with intervals", evaluate),
     "ask": Command("ask a policy a question and watch it work", ask),
     "report": Command("table, curves and the credit of every turn, from runs", report),
+    "credit": Command("credit of recorded rollouts by several methods, side by side", credit),
     "search": Command("search a corpus as the agent's tool does", search),
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),
     "convert": Command("make task and corpus files from public question sets", convert),

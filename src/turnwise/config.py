@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from turnwise.credit import ESTIMATORS
+from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.rewards import PAPER_WEIGHTS
 
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
+RATIOS = ("token", "turn", "sequence")
+RECORDED = ("tokens", "anchor")
+"""The optional columns of the turn table that training fills."""
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
 
@@ -25,11 +28,11 @@ class TrainConfig:
     out: Path = Path("runs/run")
     """Run directory to make."""
     estimator: str = "mt-grpo"
-    """How rewards become advantages: grpo-or, grpo-mr or mt-grpo."""
+    """How rewards become advantages: grpo-or, grpo-mr, mt-grpo, turn-rloo, ... (see docs/credit.md)."""
     alpha: float = 1.0
     """mt-grpo: weight of later turns' advantages in earlier ones, in [0, 1]."""
     gamma: float = 1.0
-    """grpo-mr: discount of rewards per turn, in (0, 1]."""
+    """grpo-mr, turn-rloo: discount of rewards per turn, in (0, 1]. The others keep their papers' own."""
 
     policy: str = "embedded"
     """The start: "embedded", or a checkpoint folder."""
@@ -79,10 +82,12 @@ class TrainConfig:
     """Decay of AdamW's second moment."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this norm."""
+    ratio: Literal["token", "turn", "sequence"] = "token"
+    """Over what probability ratios are taken: each token, the mean over a turn, or over the whole rollout."""
     clip_low: float = 0.2
-    """How far below 1 a token's probability ratio counts."""
+    """How far below 1 a probability ratio counts."""
     clip_high: float = 0.2
-    """How far above 1 a token's probability ratio counts."""
+    """How far above 1 a probability ratio counts."""
     kl_coef: float = 0.0
     """Weight of the divergence from the start in the loss."""
     micro_batch_tokens: int = 2048
@@ -100,8 +105,14 @@ class TrainConfig:
     """Threads of torch; 0 leaves its own choice."""
 
     def __post_init__(self) -> None:
+        trainable = [name for name in ESTIMATORS if set(NEEDS.get(name, ())) <= set(RECORDED)]
+        if self.estimator in ESTIMATORS and self.estimator not in trainable:
+            raise ConfigError(
+                f"estimator must need no more than training records; {self.estimator} needs "
+                f"{' and '.join(NEEDS[self.estimator])}; take another, or give a file with them to `turnwise credit`"
+            )
         if self.estimator not in ESTIMATORS:
-            raise unknown_name("estimator", self.estimator, ESTIMATORS)
+            raise unknown_name("estimator", self.estimator, trainable)
         for name, low, high in _RANGES:
             _check_number(name, getattr(self, name), low, high)
         _check_number("gamma", self.gamma, 0, 1)
@@ -109,6 +120,14 @@ class TrainConfig:
             raise ConfigError(f"gamma must be in (0, 1]; got {self.gamma}; 1 does not discount")
         if self.exact_match not in EXACT_MATCHES:
             raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
+        if self.ratio not in RATIOS:
+            raise unknown_name("ratio", self.ratio, RATIOS)
+        if self.ratio == "sequence" and self.estimator not in ONE_PER_ROLLOUT:
+            raise ConfigError(
+                f"ratio 'sequence' must go with an estimator that gives a whole rollout one advantage; got "
+                f"{self.estimator}: the ratio's gradient is the same for all tokens, so only the sum over turns would "
+                "count and turn credit be lost; take ratio 'turn'"
+            )
         _check_weights(self.reward_weights)
         if self.minibatches > self.tasks_per_step:
             raise ConfigError(

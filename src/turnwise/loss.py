@@ -1,8 +1,11 @@
 """The clipped policy-gradient loss, its pieces as pure functions of flat tensors of trained tokens."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+Ratio = Literal["token", "turn", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,17 @@ def policy_loss(
     clip_high: float = 0.2,
     ref_logprobs: torch.Tensor | None = None,
     kl_coef: float = 0.0,
+    segments: torch.Tensor | None = None,
 ) -> LossParts:
     """The loss over (N,) trained tokens.
 
         − Σ w · [ min(ρ A, clip(ρ) A) − β KL ],    ρ = exp(policy − sampling)
 
-    `weights` carry the aggregation: 1 / (rollouts × tokens of the rollout) is GRPO's mean of per-rollout means.
+    `weights` carry the aggregation: 1 / (rollouts × tokens of the rollout) is GRPO's mean of per-rollout means. With
+    `segments`, a whole number per token, tokens of one segment have one ratio, as `segment_ratio` says.
     """
-    ratio = (policy_logprobs - sampling_logprobs).exp()
+    shifts = policy_logprobs - sampling_logprobs
+    ratio = shifts.exp() if segments is None else segment_ratio(shifts, segments)
     surrogate = clipped_surrogate(ratio, advantages, clip_low=clip_low, clip_high=clip_high)
     zero = policy_logprobs.new_zeros(())
     kl = (weights * reference_kl(policy_logprobs, ref_logprobs)).sum() if ref_logprobs is not None else zero
@@ -70,6 +76,19 @@ def policy_loss(
         clipped=(weights * held).sum().detach(),
         shift=(weights * shift).sum().detach(),
     )
+
+
+def segment_ratio(shifts: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """The importance ratio of each token's segment: a turn, or a whole rollout; (N,).
+
+        ρ_s = exp( mean over the tokens t of segment s of (policy_t − sampling_t) )
+
+    Over rollouts this is GSPO's sequence ratio, arXiv 2507.18071, eq. 7; over turns its turn form, as in arXiv
+    2601.04767. Gradients of a segment's terms are spread evenly over its tokens.
+    """
+    _, place, counts = torch.unique(segments, return_inverse=True, return_counts=True)
+    means = torch.zeros(len(counts), dtype=shifts.dtype).index_add(0, place, shifts) / counts
+    return means.exp()[place]
 
 
 def rollout_mean_weights(loss_mask: torch.Tensor, num_rollouts: int) -> torch.Tensor:

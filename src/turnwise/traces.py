@@ -122,12 +122,18 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
     """A line of a run's rollouts.jsonl."""
     try:
         rollout = record["rollout"]
+        seen = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
         return Trace(
             id=f"{rollout['task_id']} #{place.rpartition(':')[2]}",
             group=(record["step"], rollout["group"]),
             turns=tuple(
-                TracedTurn(rewards=_rewards(rewards, place), text=turn["text"], tokens=len(turn["action_ids"]))
-                for turn, rewards in zip(rollout["turns"], rollout["turn_rewards"], strict=True)
+                TracedTurn(
+                    rewards=_rewards(rewards, place),
+                    text=turn["text"],
+                    tokens=len(turn["action_ids"]),
+                    anchor=tuple(observed),  # equal observations are taken for equal states
+                )
+                for turn, rewards, observed in zip(rollout["turns"], rollout["turn_rewards"], seen, strict=True)
             ),
             outcome=_rewards(rollout["outcome_rewards"], place),
         )

@@ -28,7 +28,7 @@ from turnwise.evaluation import (
     rollout_limits,
     spread,
 )
-from turnwise.loss import policy_loss, rollout_mean_weights
+from turnwise.loss import Ratio, policy_loss, rollout_mean_weights
 from turnwise.policy import Policy, load_policy, token_logprobs
 from turnwise.rollout import awaited, rollout_seed, run_groups
 from turnwise.rundir import (
@@ -264,17 +264,23 @@ def step_tasks(tasks: Sequence[Task], config: TrainConfig, step: int) -> list[Ta
 
 
 def rollout_table(rollouts: Sequence[Rollout]) -> TurnTable:
-    """The turn table of scored rollouts."""
+    """The turn table of scored rollouts, with token counts and anchors.
+
+    A turn's anchor is what the environment said last before it: equal observations are taken for equal states.
+    """
     return turn_table(
         [r.group for r in rollouts],
         [r.turn_rewards for r in rollouts],
         [r.outcome_rewards for r in rollouts],
+        tokens=[[len(turn.action_ids) for turn in r.turns] for r in rollouts],
+        anchors=[[r.prompt_ids, *(turn.reply_ids for turn in r.turns[:-1])] for r in rollouts],
     )
 
 
 def estimate(config: TrainConfig, table: TurnTable) -> Credit:
     """The configured estimator's credit."""
-    parameters = {"grpo-mr": {"gamma": config.gamma}, "mt-grpo": {"alpha": config.alpha}}
+    discount = {"gamma": config.gamma}
+    parameters = {"grpo-mr": discount, "turn-rloo": discount, "mt-grpo": {"alpha": config.alpha}}
     return ESTIMATORS[config.estimator](table, **parameters.get(config.estimator, {}))
 
 
@@ -348,6 +354,15 @@ def _optimise(
     return {**sums, "grad_norm": float(norm), "live_rollouts": weighed, "computed_rows": len(live) / len(rows)}
 
 
+def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:
+    """Which ratio each token takes part in, (B, T): one number per turn, or per rollout."""
+    rows = torch.arange(batch.num_rows)[:, None].expand_as(batch.action)
+    if ratio == "sequence":
+        return rows
+    starts = batch.action & ~torch.nn.functional.pad(batch.action, (1, 0))[:, :-1]
+    return rows * batch.action.shape[1] + starts.cumsum(1)
+
+
 def _backward(
     policy: Policy, batch: MicroBatch, num_rows: int, config: TrainConfig, reference: Policy | None
 ) -> dict[str, float]:
@@ -358,6 +373,7 @@ def _backward(
     if reference:
         with torch.no_grad():
             ref_logprobs, _ = token_logprobs(reference.model, batch, batch.loss, temperature=config.temperature)
+    segments = None if config.ratio == "token" else loss_segments(batch, config.ratio)[batch.loss]
     parts = policy_loss(
         logprobs,
         batch.sampling_logprobs[batch.loss],
@@ -367,6 +383,7 @@ def _backward(
         clip_high=config.clip_high,
         ref_logprobs=ref_logprobs,
         kl_coef=config.kl_coef,
+        segments=segments,
     )
     parts.loss.backward()
     return {

@@ -1,9 +1,10 @@
 """The starting checkpoint: a tiny policy taught from demonstrations to behave like a base model.
 
-Two phases on the atlas's training entities and on invented ones. *Skills*: copying repeated random tokens, writing
-a call for the entity asked about, reading the asked value out of an article, answering a known share of the
-training entities by heart. *Habits*: the same dialogues with a base model's faults mixed in at fixed rates, so that
-reinforcement has something to select among. Held-out entities appear in neither phase, nor in the tokenizer's text.
+Three phases on the atlas's training entities and on invented ones. *Copy*: mostly repeated random tokens. *Skills*:
+writing a call for the entity asked about, or for an unfamiliar question as it stands; reading the asked value out of
+an article; answering about a known share of the training entities by heart. *Habits*: the same dialogues with a base
+model's faults mixed in at fixed rates, so that reinforcement has something to select among. Held-out entities appear
+in no phase, nor in the tokenizer's text.
 """
 
 import dataclasses
@@ -35,6 +36,8 @@ REPEATED_LENGTH = 64
 CALL_THOUGHTS = ("I need to look this up.", "I will search for it.", "Let me search first.")
 DIRECT_THOUGHTS = ("I know this.", "I remember it.", "This is known to me.")
 READ_THOUGHTS = ("The result says it.", "I found it.", "It is in the result.")
+OPENINGS = ("What", "Which", "Who", "In which", "Where", "When", "How many", "The", "Name the", "Of what")
+SMALL_WORDS = ("the", "of", "in", "was", "is", "a", "and", "for", "by", "to", "which", "first", "name", "on", "did")
 FAILED_THOUGHTS = ("The search failed.", "No result, so I guess.")
 
 
@@ -196,11 +199,36 @@ class SubjectSource:
 
 
 def invented_name(rng: random.Random, *, words: int | None = None) -> str:
-    """A name nobody has, of 1 to 3 words."""
-    return " ".join(_invented_word(rng) for _ in range(words or rng.choice((1, 1, 1, 2, 2, 3))))
+    """A name nobody has, of 1 to 4 words, now and then with an initial or a small word among them."""
+    count = words or rng.choice((1, 1, 2, 2, 2, 3, 3, 4))
+    parts = [_invented_word(rng) for _ in range(count)]
+    for i in range(count):
+        if count > 1 and rng.random() < 0.08:
+            parts[i] = parts[i][0]
+        elif 0 < i < count - 1 and rng.random() < 0.3:
+            parts[i] = rng.choice(("of", "the", "and", "in", "de", "for"))
+    return " ".join(parts)
 
 
-def _invented_word(rng: random.Random) -> str:
+def unfamiliar_question(rng: random.Random) -> str:
+    """A question in words that nobody knows, as a question about another world looks to a small policy."""
+    words = [rng.choice(OPENINGS)]
+    while len(words) < 4 or (len(words) < 18 and rng.random() < 0.86):
+        draw = rng.random()
+        if draw < 0.35:
+            words.append(_invented_word(rng, syllables=rng.choice((1, 1, 2))).lower())
+        elif draw < 0.72:
+            words.append(rng.choice(SMALL_WORDS))
+        elif draw < 0.92:
+            words.append(invented_name(rng, words=rng.choice((1, 1, 2))))
+        else:
+            words.append(str(rng.randint(1, 2020)))
+        if rng.random() < 0.06:
+            words[-1] += rng.choice((",", "'s", ";", '"'))
+    return " ".join(words) + "?"
+
+
+def _invented_word(rng: random.Random, *, syllables: int | None = None) -> str:
     onsets = (
         "",
         "b",
@@ -225,8 +253,8 @@ def _invented_word(rng: random.Random) -> str:
     onsets += ("sh", "st", "t", "th", "tr", "v", "w", "x", "y", "z")
     nuclei = ("a", "e", "i", "o", "u", "ai", "ea", "ia", "io", "ou", "y")
     codas = ("", "", "", "l", "m", "n", "nd", "r", "rk", "s", "st", "t", "x", "ck")
-    syllables = rng.choice((1, 2, 2, 3, 3))
-    parts = [rng.choice(onsets) + rng.choice(nuclei) + rng.choice(codas) for _ in range(syllables)]
+    count = syllables or rng.choice((1, 2, 2, 3, 3))
+    parts = [rng.choice(onsets) + rng.choice(nuclei) + rng.choice(codas) for _ in range(count)]
     return "".join(parts).capitalize()
 
 
@@ -259,6 +287,12 @@ class Demonstrator:
         if self._happens(self.habits.malforms):
             return self._failed(subject)
         return self._called(subject)
+
+    def about_nothing_known(self) -> Demonstration:
+        """A question in words of another world, which is asked as it stands."""
+        question = unfamiliar_question(self.rng)
+        call = {"name": "search", "args": {"query": question}}
+        return Demonstration(question=question, messages=(self._call(json.dumps(call, ensure_ascii=False)),))
 
     def _happens(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -426,7 +460,7 @@ class WarmupConfig:
     """Equal seeds make equal checkpoints on one machine."""
     copy_steps: int = 400
     """Steps of the first phase: mostly copying."""
-    skill_steps: int = 4000
+    skill_steps: int = 2600
     """Steps of the second phase: everything done well."""
     habit_steps: int = 300
     """Steps of the third phase: a base model's faults."""
@@ -449,6 +483,8 @@ class Mixture:
     unknown: float
     known_calls: float
     """Probability of a call about a known entity; others follow the phase's habits."""
+    unfamiliar: float
+    """Share of questions in words of another world."""
 
 
 @dataclass(frozen=True)
@@ -466,9 +502,9 @@ class Phase:
 def phases(config: WarmupConfig) -> tuple[Phase, ...]:
     """The phases in order."""
     return (
-        Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15), (1.0, 1.0)),
-        Phase("skills", config.skill_steps, SKILLS, Mixture(0.15, 0.15, 0.25, 0.15), (1.0, 0.1)),
-        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.28, 0.4, Habits.calls), (0.3, 0.02)),
+        Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15, 0.0), (1.0, 1.0)),
+        Phase("skills", config.skill_steps, SKILLS, Mixture(0.12, 0.15, 0.22, 0.15, 0.13), (1.0, 0.05)),
+        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.25, 0.37, Habits.calls, 0.06), (0.3, 0.02)),
     )
 
 
@@ -483,6 +519,10 @@ def warmup_rows(
         if draw < 0:
             rows.append(repetition_row(chat, system, rng))
             continue
+        if draw < mixture.unfamiliar:
+            rows.append(demonstration_row(demonstrator.about_nothing_known(), chat, system))
+            continue
+        draw -= mixture.unfamiliar
         calls = demonstrator.habits.calls
         if draw < mixture.known:
             subject, calls = source.real(rng.choice(source.known)), mixture.known_calls
@@ -518,7 +558,7 @@ Watch = Callable[[Policy, str, int, float], None]
 def warm_up(config: WarmupConfig, watch: Watch | None = None) -> Policy:
     """The starting policy, trained from nothing and written to `config.out`.
 
-    Takes about half an hour on two cores with the default configuration.
+    Takes about half an hour on two cores with the default configuration; equal bytes need equal numbers of threads.
     """
     source = SubjectSource(random.Random(config.seed))
     chat = Chat(train_tokenizer(tokenizer_texts(source)))

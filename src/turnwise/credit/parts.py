@@ -14,7 +14,7 @@ class Stream:
 
     value: Turns
     baseline: Turns
-    """The group's mean."""
+    """What the value is compared with: a mean over the group or its others, or a critic's value."""
     advantage: Turns
 
 

@@ -59,11 +59,11 @@ def page(runs: Sequence[Run]) -> str:
     if not runs:
         raise InputError("a report needs at least one run; got none; give run directories")
     charts, shown = curves.charts(runs), transcripts.groups(runs)
-    script = _resource("page.js")
+    script = resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(_resource("page.html")).substitute(
+    return Template(resource("page.html")).substitute(
         digest=digest,
-        style=_resource("page.css"),
+        style=resource("page.css"),
         script=script,
         data=embedded_json(curves.hover_data(charts)),
         overview=escaped(_overview(runs)),
@@ -82,7 +82,8 @@ def embedded_json(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file that lies beside this module."""
     return (resources.files("turnwise.report") / name).read_text(encoding="utf-8")
 
 

@@ -1,0 +1,157 @@
+"""What turn rewards are made of: potentials, information gain, and controls that take the content out of them.
+
+A function here gives one column, which `with_turn_reward` puts into the table, or the whole table changed. What is
+measured in states is given as critics' values are: `before` each turn, and `end` for the state after a rollout's last.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+
+from turnwise.credit.parts import turn_index_keys
+from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
+
+States = Float[np.ndarray, "S"]
+Aliases = Float[np.ndarray, "S A"]
+
+
+def require(name: str, column: np.ndarray, length: int, *, what: str = "turn", absent: bool = False) -> None:
+    """ValueError where a column has the wrong length or an entry is not finite; NaN passes with `absent`."""
+    if len(column) != length:
+        raise ValueError(f"{name} must have one entry per {what} ({length}); got {len(column)}; give them all")
+    broken = ~np.isfinite(column) & ~(np.isnan(column) & absent)
+    if broken.any():
+        row = int(broken.argmax())
+        raise ValueError(f"{name} must be finite; {what} {row} has {column[row]}; leave it out or mend it")
+
+
+def after_turns(before: Turns, end: Rollouts, table: TurnTable) -> Turns:
+    """What holds in the state after each turn: in the next turn's state, and `end` after the last."""
+    after = np.roll(before.astype(float), -1)
+    after[table.last] = end
+    return after
+
+
+def with_turn_reward(table: TurnTable, name: str, column: Turns) -> TurnTable:
+    """The table with one more turn reward; NaN is absent."""
+    require(name, column, len(table.rollout), absent=True)
+    if name in table.turn_rewards:
+        raise ValueError(f"turn reward {name!r} must be new; the table has it; give another name")
+    return replace(table, turn_rewards={**table.turn_rewards, name: column.astype(float)})
+
+
+def potential_shaping(before: Turns, table: TurnTable, *, end: Rollouts | None = None, gamma: float = 1.0) -> Turns:
+    """Each turn's gain in potential.
+
+        Fₖ = γ Φ(sₖ₊₁) − Φ(sₖ),    so that Σₖ γ^(k−1) Fₖ = γ^K Φ(end) − Φ(s₁)
+
+    Ng, Harada and Russell 1999. `before` is Φ(sₖ). `end` is the potential of the state in which a rollout was cut off,
+    and must be 0 where it ended itself; None: all ended themselves. With that the expected policy gradient is the one
+    without shaping. `gamma` must be the discount of the return.
+    """
+    end = np.zeros(table.num_rollouts) if end is None else end
+    require("before", before, len(table.rollout))
+    require("end", end, table.num_rollouts, what="rollout")
+    return gamma * after_turns(before, end, table) - before
+
+
+def information_gain(before: Turns, table: TurnTable, *, end: Rollouts | None = None) -> Turns:
+    """How much each turn raised the log-probability of the right answer.
+
+        rₖ = s(sₖ₊₁) − s(sₖ)   with s the mean log-probability of the right answer's tokens
+
+    Wang et al. 2025, arXiv 2510.14967 (IGPO). `before` is s(sₖ). The last turn answers: it has no reward (absent)
+    unless `end` gives the state after it; NaN there is absent too. Everything that is paid sums to last s − first s.
+    """
+    end = np.full(table.num_rollouts, np.nan) if end is None else end
+    require("before", before, len(table.rollout))
+    require("end", end, table.num_rollouts, what="rollout", absent=True)
+    return after_turns(before, end, table) - before
+
+
+def probability_gain(before: Turns, table: TurnTable, *, end: Rollouts | None = None) -> Turns:
+    """How much each turn raised the probability of the right answer, per token of it.
+
+        rₖ = exp s(sₖ₊₁) − exp s(sₖ)   with s as in `information_gain`
+
+    The other form of arXiv 2510.14967, and what its code pays unless told otherwise. It hardly pays for what is
+    unlikely before and after, where `information_gain` pays most.
+    """
+    return information_gain(np.exp(before), table, end=None if end is None else np.exp(end))
+
+
+def alias_potential(logprobs: Aliases) -> States:
+    """The log-probability that any of several spellings of the answer is given, one row per state.
+
+        Φ = log Σ_a exp(log p(a))
+
+    arXiv 2603.22293 (TIPS). −inf stands for a spelling that an answer does not have; a state needs one at least.
+    """
+    best = logprobs.max(axis=1)
+    broken = ~np.isfinite(best)
+    if broken.any():
+        row = int(broken.argmax())
+        raise ValueError(f"each state must have a finite log-probability; state {row} has {logprobs[row]}; mend it")
+    return np.logaddexp.reduce(logprobs, axis=1)
+
+
+def tips(before: Turns, table: TurnTable, *, end: Rollouts | None = None, scale: float = 0.02) -> Turns:
+    """A small reward for each turn's gain in information.
+
+        rₖ = scale · (Φ(sₖ₊₁) − Φ(sₖ))   paid when the tool has answered
+
+    Xie et al. 2026, arXiv 2603.22293 (TIPS). `before` is Φ(sₖ), which `alias_potential` makes. As in
+    `information_gain`, the turn that answers is not paid. `potential_shaping` also takes the last Φ back; only that
+    leaves the policy gradient as it was.
+    """
+    return scale * information_gain(before, table, end=end)
+
+
+def shuffle_in_rollouts(table: TurnTable, rng: np.random.Generator) -> TurnTable:
+    """The table with each rollout's turn rewards dealt out anew among its turns: a placebo.
+
+    Turns without a turn reward stay without, all components of a turn move together, and every rollout keeps its sum.
+    A rollout with one such turn stays as it is.
+    """
+    return _shuffled(table, table.rollout, rng)
+
+
+def shuffle_across_rollouts(table: TurnTable, rng: np.random.Generator) -> TurnTable:
+    """The table with the turn rewards at each turn index dealt out anew among the rollouts of the group: a placebo.
+
+    Turns without a turn reward stay without, and all components of a turn move together. Each turn index keeps its
+    rewards, and so its mean and variance; the rewards no longer tell what the turn did.
+    """
+    return _shuffled(table, turn_index_keys(table), rng)
+
+
+def pay_at_the_end(table: TurnTable) -> TurnTable:
+    """The table with every turn reward moved to its rollout's outcome: the same content, another place.
+
+        Rᴼᵢ ← Rᴼᵢ + Σₖ rᵢₖ,    rᵢₖ absent
+
+    Component by component, under the same names; undiscounted. A component is absent from the outcome where no turn of
+    the rollout has it, nor the outcome.
+    """
+    outcome = dict(table.outcome_rewards)
+    for name, column in table.turn_rewards.items():
+        paid = ~np.isnan(column)
+        total = np.bincount(table.rollout[paid], weights=column[paid], minlength=table.num_rollouts)
+        own = outcome.get(name, np.full(table.num_rollouts, np.nan))
+        none = np.isnan(own) & (np.bincount(table.rollout[paid], minlength=table.num_rollouts) == 0)
+        outcome[name] = np.where(none, np.nan, np.nan_to_num(own, nan=0.0) + total)
+    return replace(table, turn_rewards={}, outcome_rewards=outcome)
+
+
+def _shuffled(table: TurnTable, keys: TurnKeys, rng: np.random.Generator) -> TurnTable:
+    """Turns with a turn reward swap theirs with turns of the same key."""
+    columns = table.turn_rewards
+    paid = np.flatnonzero(np.any([~np.isnan(column) for column in columns.values()], axis=0)) if columns else []
+    moved = {name: column.copy() for name, column in columns.items()}
+    if len(paid):
+        to = paid[np.argsort(keys[paid], kind="stable")]
+        source = paid[np.lexsort((rng.random(len(paid)), keys[paid]))]
+        for name, column in columns.items():
+            moved[name][to] = column[source]
+    return replace(table, turn_rewards=moved)

@@ -1,0 +1,215 @@
+"""Credit where rollouts branch: turns taken in one state are compared with each other.
+
+A table with the column `node` holds trees. States are numbered: first one per group, where its rollouts begin, then
+one per node, to which its turn leads. A leaf is a rollout's end; a rollout that ends where others go on is a leaf
+there. Rollouts that share a turn each have a row for it: `share_weights` counts it once.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from turnwise.credit.parts import Credit, Stream, group_mean, reward_to_go, z_score
+from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
+from turnwise.credit.trajectory import Merging, rollout_rewards
+from turnwise.credit.transforms import after_turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeValues:
+    """Values of states, at each turn."""
+
+    before: Turns
+    """Of the state the turn was taken in."""
+    after: Turns
+    """Of the state it led to."""
+    root: Turns
+    """Of the state its group began in."""
+
+
+def states(table: TurnTable) -> tuple[TurnKeys, TurnKeys]:
+    """The numbers of the states before and after each turn; turns with equal numbers before are siblings."""
+    table.need("node")
+    assert table.node is not None
+    groups, group = np.unique(table.group, return_inverse=True)
+    _, node = np.unique(table.node, return_inverse=True)
+    after = len(groups) + node
+    return np.where(table.index == 0, group, np.roll(after, 1)), after
+
+
+def leaf_counts(table: TurnTable) -> TurnKeys:
+    """How many rollouts share each turn, which is how many leaves lie below it."""
+    _, after = states(table)
+    return np.bincount(after)[after]
+
+
+def share_weights(table: TurnTable) -> Turns:
+    """Weights under which every turn counts once, however many rollouts share it.
+
+    w = 1 / number of rollouts that share the turn,    so that Σ w = number of nodes
+    """
+    return 1.0 / leaf_counts(table)
+
+
+def leaf_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
+    """The value of a state as the mean return of all rollouts that pass it.
+
+    V(n) = mean of Rᵢ over the leaves below n
+    """
+    before, after = states(table)
+    values = np.zeros(after.max() + 1)
+    values[after] = _mean(returns[table.rollout], after)
+    start = before[table.index == 0]
+    values[start] = _mean(returns, start)
+    return TreeValues(before=values[before], after=values[after], root=values[start][table.rollout])
+
+
+def child_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
+    """The value of a state as the plain mean over its children, however many leaves lie below each.
+
+    V(leaf) = Rᵢ,    V(n) = mean of V over the children of n
+    """
+    before, after = states(table)
+    _, once = np.unique(after, return_index=True)
+    values = np.zeros(after.max() + 1)
+    for k in range(int(table.index.max()) + 1, -1, -1):
+        turns = once[table.index[once] == k]
+        ends = table.last[table.index[table.last] == k - 1]
+        parents = np.concatenate([before[turns], after[ends]])
+        values[parents] = _mean(np.concatenate([values[after[turns]], returns[table.rollout[ends]]]), parents)
+    start = before[table.index == 0]
+    return TreeValues(before=values[before], after=values[after], root=values[start][table.rollout])
+
+
+def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Stream:
+    """What each turn has, as a z-score among its siblings; a shared turn counts once, a turn without siblings gets 0.
+
+    Raises ValueError where rollouts that share a turn do not agree in its value.
+    """
+    before, after = states(table)
+    _, once, at = np.unique(after, return_index=True, return_inverse=True)
+    odd = np.flatnonzero(values != values[once][at])
+    if len(odd):
+        row, other = int(odd[0]), int(once[at[odd[0]]])
+        raise ValueError(
+            f"rollouts that share a turn must agree in its reward; rows {other} and {row} share one and have "
+            f"{values[other]} and {values[row]}; give them one reward or two nodes"
+        )
+    siblings = before[once]
+    return Stream(
+        value=values,
+        baseline=group_mean(values[once], siblings)[at],
+        advantage=z_score(values[once], siblings, ddof=ddof, eps=eps)[at],
+    )
+
+
+def mt_grpo_tree(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float = 1e-4) -> Credit:
+    """MT-GRPO as its paper prints it: a turn's own reward is compared with those of turns taken in the same state.
+
+        Aᴵₙ  = z-score of rₙ over the turns taken in the state of n, each once
+        Aᴼᵢ  = z-score of Rᴼᵢ over all leaves of the group
+        Aᵢₖ  = Aᴵᵢₖ + α Aᵢ,ₖ₊₁,    Aᵢ,Kᵢ = Aᴵᵢ,Kᵢ + Aᴼᵢ
+
+    Zeng et al. 2025, arXiv 2505.11821, appendix D. A turn that answers where siblings search counts with reward 0, as
+    in `mt_grpo`; where last turns have no turn reward, their Aᴵ is 0 and the printed form remains. A shared turn has
+    one Aᴵ, but another advantage in each rollout, whose later turns and outcome differ.
+    """
+    own = sibling_stream(table.turn_reward(), table, ddof=ddof, eps=eps)
+    outcome, group = table.outcome_reward(), table.rollout_group
+    last = z_score(outcome, group, ddof=ddof, eps=eps)
+    at = table.rollout
+    streams = {
+        "turn": own,
+        "outcome": Stream(value=outcome[at], baseline=group_mean(outcome, group)[at], advantage=last[at]),
+    }
+    return Credit(advantages=reward_to_go(own.advantage, last, table, discount=alpha), streams=streams)
+
+
+def treerl(table: TurnTable, *, rewards: Merging = "merged") -> Credit:
+    """TreeRL: a turn is compared with the state it was taken in and with the root.
+
+        Aₙ = ((V(n) − V(root)) + (V(n) − V(parent of n))) / √(leaves below n)   with V the mean over leaves
+
+    Hou et al. 2025, arXiv 2506.11902. `rewards` says what a leaf returns: all rewards on the way or the outcome alone.
+    """
+    values = leaf_mean_values(table, rollout_rewards(table, rewards))
+    scale = 1 / np.sqrt(leaf_counts(table))
+    streams = {
+        "root": Stream(value=values.after, baseline=values.root, advantage=scale * (values.after - values.root)),
+        "edge": Stream(value=values.after, baseline=values.before, advantage=scale * (values.after - values.before)),
+    }
+    return Credit(advantages=streams["root"].advantage + streams["edge"].advantage, streams=streams)
+
+
+def carl_edges(table: TurnTable, *, rewards: Merging = "merged") -> Credit:
+    """CARL: a turn is credited with the value it added.
+
+        Aₙ = V(n) − V(parent of n)   with V the plain mean over children
+
+    Shen et al. 2025, arXiv 2512.04949. Exactly 0 where a state has one child; all children of a state sum to 0; along a
+    rollout the advantages sum to its return minus the root's value, where no other rollout ends in the same node.
+    """
+    values = child_mean_values(table, rollout_rewards(table, rewards))
+    edge = Stream(value=values.after, baseline=values.before, advantage=values.after - values.before)
+    return Credit(advantages=edge.advantage, streams={"edge": edge})
+
+
+def tree_grpo(table: TurnTable, *, rewards: Merging = "merged", ddof: int = 1, eps: float = 1e-4) -> Credit:
+    """Tree-GRPO: a leaf is compared with the leaves of its tree and with all leaves of the group.
+
+        Aᵢ = z-score of Rᵢ over the leaves of its tree + z-score of Rᵢ over all leaves of the group
+
+    Ji et al. 2025, arXiv 2509.21240; one advantage for all turns of a rollout. Rollouts with the same first turn are
+    one tree. A tree of one leaf adds 0.
+    """
+    found = rollout_rewards(table, rewards)
+    _, after = states(table)
+    streams = {}
+    for name, keys in (("tree", after[table.index == 0]), ("group", table.rollout_group)):
+        advantage = z_score(found, keys, ddof=ddof, eps=eps)
+        streams[name] = Stream(
+            value=found[table.rollout],
+            baseline=group_mean(found, keys)[table.rollout],
+            advantage=advantage[table.rollout],
+        )
+    return Credit(advantages=streams["tree"].advantage + streams["group"].advantage, streams=streams)
+
+
+def slate(table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Credit:
+    """SLATE: a turn is credited with its own score alone, compared with other turns taken in the same state.
+
+        Aₙ = z-score of rₙ over the turns taken in the state of n, each once
+
+    arXiv 2602.23440. The score is the turn's reward, with the outcome in a rollout's last turn. Continuations that were
+    scored and not followed are rollouts that end there. ddof and eps are ours.
+    """
+    scores = table.turn_reward()
+    scores[table.last] += table.outcome_reward()
+    siblings = sibling_stream(scores, table, ddof=ddof, eps=eps)
+    return Credit(advantages=siblings.advantage, streams={"siblings": siblings})
+
+
+def vineppo(table: TurnTable, *, gamma: float = 1.0) -> Credit:
+    """VinePPO: a turn is credited with its reward and the value it added, values from fresh rollouts.
+
+        Aₖ = rₖ + γ V(sₖ₊₁) − V(sₖ),    V(end) = 0, or `bootstrap` where the rollout was cut off
+
+    Kazemnejad et al. 2024, arXiv 2410.01679. The column `values` has V(sₖ): the mean return of fresh rollouts from the
+    state before the turn. r of the last turn includes the outcome.
+    """
+    table.need("values")
+    assert table.values is not None
+    end = np.zeros(table.num_rollouts) if table.bootstrap is None else table.bootstrap
+    target = table.turn_reward() + gamma * after_turns(table.values, end, table)
+    target[table.last] += table.outcome_reward()
+    step = Stream(value=target, baseline=table.values, advantage=target - table.values)
+    return Credit(advantages=step.advantage, streams={"step": step})
+
+
+def _mean(values: Turns, keys: TurnKeys) -> Turns:
+    """The mean over all entries with the same key, at each; exactly the value where all are equal."""
+    _, at = np.unique(keys, return_inverse=True)
+    low, high = np.full(at.max() + 1, np.inf), np.full(at.max() + 1, -np.inf)
+    np.minimum.at(low, at, values)
+    np.maximum.at(high, at, values)
+    return np.clip(group_mean(values, keys), low[at], high[at])
