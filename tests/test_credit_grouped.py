@@ -622,6 +622,14 @@ def test_ddof_and_eps_reach_every_standard_deviation(estimate, expected):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_groups_stay_apart_where_their_numbers_are_far_apart(name: str):
+    # with four states, group numbers times 4 would both be 0 in 64 bits
+    rest = ([[1.0, None], [0.0, None]] * 2, [0.0, 1.0, 5.0, 9.0], [["s", "t"], ["s", "u"], ["s", "t"], ["s", "v"]])
+    near, far = table([0, 0, 1, 1], *rest), table([2**62, 2**62, -(2**63), -(2**63)], *rest)
+    assert_allclose(ALL[name](near).advantages, ALL[name](far).advantages)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_critic_changes_nothing(name: str):
     plain = table(*VISITS)
     valued = table(*VISITS, values=[[1.0, 2.0], [3.0, 4.0, 5.0]], bootstrap=[7.0, 0.0])

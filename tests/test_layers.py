@@ -29,6 +29,7 @@ LAYERS = [
     "rollout",
     "rewards",
     "credit",
+    "lab",
     "traces",
     "batch",
     "loss",
@@ -95,7 +96,7 @@ def modules_after(code: str) -> set[str]:
     ("code", "absent"),
     [
         ("import turnwise", {"torch", "transformers", "numpy", "tyro"}),
-        ("import turnwise.credit", {"torch", "transformers", "tyro", "rich"}),
+        ("import turnwise.credit, turnwise.lab", {"torch", "transformers", "tyro", "rich"}),
         ("import turnwise.env, turnwise.rewards, turnwise.config", {"torch", "transformers"}),
         ("import turnwise.report, turnwise.display", {"torch", "transformers"}),
         ("from turnwise.cli import main; main(['--help'])", {"torch", "numpy", "tyro", "rich"}),

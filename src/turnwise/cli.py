@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import turnwise
-from turnwise.errors import ConfigError, InputError, TurnwiseError, unknown_name
+from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -527,6 +527,49 @@ def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out
         print(f"The page is {write_side_by_side(traces, found, file, out)}.")
 
 
+def lab(
+    *,
+    estimators: tuple[str, ...] = (),
+    metric: str = "best_mse",
+    group_sizes: tuple[int, ...] = (2, 4),
+    groups: int = 2000,
+    samples: int = 1000,
+    out: Path | None = None,
+) -> None:
+    """Compare estimators' gradients with the exact one on small processes, and print the map.
+
+    Args:
+        estimators: Names of estimators; by default all that need no tree.
+        metric: bias, cosine, variance, mse, best_mse, sign_agreement or rank_correlation.
+        group_sizes: Rollouts in a group.
+        groups: Most groups to enumerate; beyond that they are sampled, and the number is marked ~.
+        samples: Groups to sample.
+        out: Also write all numbers to OUT.json, and the map of this metric as a figure to OUT.svg.
+    """
+    from turnwise.credit import ESTIMATORS, NEEDS, WHOLE_STEP
+    from turnwise.lab import METRICS, bias_map, heat_map, json_text, text_table
+
+    if metric not in METRICS:
+        raise unknown_name("metric", metric, METRICS)
+    able = [name for name in ESTIMATORS if "node" not in NEEDS.get(name, ())]
+    for name in estimators:
+        if name not in able:
+            raise unknown_name("estimators", name, able)
+    if min((*group_sizes, groups, samples), default=1) < 1:
+        raise ConfigError("group-sizes, groups and samples must be >= 1; got less; give such numbers")
+    chosen = {name: ESTIMATORS[name] for name in estimators or able}
+    whole = [name for name in chosen if name in WHOLE_STEP]
+    rows = bias_map(chosen, group_sizes=group_sizes, per_group=whole, limit=groups, samples=samples)
+    print(text_table(rows, metric))
+    if out:
+        try:
+            out.with_suffix(".json").write_text(json_text(rows), encoding="utf-8")
+            out.with_suffix(".svg").write_text(heat_map(rows, metric), encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{out} must be writable; got {error.strerror}; choose another --out") from error
+        print(f"Written to {out.with_suffix('.json')} and {out.with_suffix('.svg')}.")
+
+
 # --- the commands ---------------------------------------------------------------------------------
 
 
@@ -545,6 +588,7 @@ COMMANDS = {
     "ask": Command("ask a policy a question and watch it work", ask),
     "report": Command("table, curves and the credit of every turn, from runs", report),
     "credit": Command("credit of recorded rollouts by several methods, side by side", credit),
+    "lab": Command("compare estimators with exact gradients on small processes", lab),
     "search": Command("search a corpus as the agent's tool does", search),
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),
     "convert": Command("make task and corpus files from public question sets", convert),

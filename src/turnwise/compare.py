@@ -102,7 +102,8 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
     resume = (config.out / "checkpoints").is_dir()
     if not resume and config.out.is_dir():
         _remove_unstarted(config.out)
-    train(config, resume=resume, display=_Lines(config))
+    if not train(config, resume=resume, display=_Lines(config)).finished:
+        raise KeyboardInterrupt  # stopped by a signal: no record of half a run
     folder, state = latest_checkpoint(config.out)
     record = {
         "estimator": config.estimator,

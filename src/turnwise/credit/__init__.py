@@ -1,7 +1,7 @@
 """Turn-level credit: advantages from turn rewards and outcomes. Numpy alone."""
 
 from turnwise.credit.diagnostics import diagnostics
-from turnwise.credit.estimators import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
+from turnwise.credit.estimators import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS, WHOLE_STEP
 from turnwise.credit.gae import (
     TokenCredit,
     bi_level_gae,
@@ -72,6 +72,7 @@ __all__ = [
     "NEEDS",
     "ONE_PER_ROLLOUT",
     "TOKEN_ESTIMATORS",
+    "WHOLE_STEP",
     "Credit",
     "Stream",
     "TokenCredit",

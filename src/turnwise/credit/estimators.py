@@ -69,5 +69,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 """The optional columns of the turn table that a method needs; those that are not named need none."""
 
+WHOLE_STEP = ("reinforce++", "reinforce++-baseline", "gdpo", "step-ppo")
+"""Those that whiten over the whole step: what a turn gets depends on the other groups."""
+
 ONE_PER_ROLLOUT = ("grpo-or", "grpo-mr", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "gdpo", "tree-grpo")
 """Those that give all turns of a rollout the same advantage."""
