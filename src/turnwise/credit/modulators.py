@@ -25,8 +25,8 @@ def empg(
         A'ₖ = Aₖ g(hₖ) + ζ exp(−κ' hₖ₊₁),                  without the bonus on a rollout's last turn
         A   = A' − mean A'                                 with `centre`
 
-    Wang et al. 2025, arXiv 2509.09265. `entropies` has each turn's mean entropy per token. Means are over turns here;
-    the authors' last one is over tokens. The defaults are those of their project page.
+    Wang et al. 2025, arXiv 2509.09265. `entropies` has each turn's mean entropy per token. Means are over turns.
+    The scaling of H and the defaults follow the authors' project page.
     """
     require("advantages", advantages, len(table.rollout))
     require("entropies", entropies, len(table.rollout))

@@ -75,8 +75,8 @@ def probability_gain(before: Turns, table: TurnTable, *, end: Rollouts | None = 
 
         rₖ = exp s(sₖ₊₁) − exp s(sₖ)   with s as in `information_gain`
 
-    The other form of arXiv 2510.14967, and what its code pays unless told otherwise. It hardly pays for what is
-    unlikely before and after, where `information_gain` pays most.
+    A variant of arXiv 2510.14967 that public code offers. It hardly pays for what is unlikely before and after, where
+    `information_gain` pays most.
     """
     return information_gain(np.exp(before), table, end=None if end is None else np.exp(end))
 
