@@ -83,3 +83,23 @@ def test_every_method_and_seed_is_run_once_and_finished_runs_are_kept(tmp_path: 
     done.mkdir(parents=True)
     (done / "record.json").write_text(json.dumps(record("mt-grpo", 0, 0.5)))
     assert compare.run_one(TrainConfig(out=done), 10) == record("mt-grpo", 0, 0.5)
+
+
+def test_a_step_without_live_rollouts_has_no_entropy_in_the_curve(tmp_path: Path) -> None:
+    names = ("tool_execution", "answer_in_results", "exact_match", "return", "dead_groups")
+    alive = {"step": 1, "split": "train", "metrics": {**dict.fromkeys(names, 0.5), "entropy": 0.25}}
+    dead = {"step": 2, "split": "train", "metrics": dict.fromkeys(names, 1.0)}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(alive)}\n{json.dumps(dead)}\n")
+    curve = compare._curve(tmp_path)
+    assert curve["entropy"] == [0.25, None]
+    assert curve["exact_match"] == [0.5, 1.0]
+
+
+def test_a_stopped_run_leaves_no_record(tmp_path: Path, monkeypatch) -> None:
+    class Stopped:
+        finished = False
+
+    monkeypatch.setattr("turnwise.training.train", lambda *_, **__: Stopped())
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_one(TrainConfig(out=tmp_path / "run"), 10)
+    assert not (tmp_path / "run" / "record.json").exists()

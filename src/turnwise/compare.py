@@ -211,15 +211,16 @@ class _Lines:
         )
 
 
-def _curve(run: Path) -> dict[str, list[float]]:
-    """The training metrics that the report's curves need, by step."""
+def _curve(run: Path) -> dict[str, list[float | None]]:
+    """The training metrics that the report's curves need, by step; None where a step had none (no live rollout)."""
     names = ("tool_execution", "answer_in_results", "exact_match", "return", "entropy", "dead_groups")
-    curve: dict[str, list[float]] = {name: [] for name in names}
+    curve: dict[str, list[float | None]] = {name: [] for name in names}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record["split"] == "train":
             for name in names:
-                curve[name].append(round(record["metrics"][name], 4))
+                value = record["metrics"].get(name)
+                curve[name].append(None if value is None else round(value, 4))
     return curve
 
 
