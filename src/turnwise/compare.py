@@ -17,6 +17,8 @@ from turnwise.credit import ESTIMATORS
 from turnwise.errors import ConfigError, unknown_name
 
 METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
+EVALUATED_ROWS = 96
+"""Most rollouts alive in a final evaluation: several processes share the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
     setting = make_setting(config)
     loaded = load_policy(policy)
     limits = rollout_limits(config, loaded)
-    engine = make_engine(loaded)
+    engine = make_engine(loaded, max_rows=EVALUATED_ROWS)
     found: dict[str, Any] = {}
     for population, tasks in evaluation_tasks(config, size).items():
         for mode in ("greedy", "sampled"):

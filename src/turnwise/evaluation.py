@@ -319,9 +319,9 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
     )
 
 
-def make_engine(policy: Policy) -> HFEngine:
-    """The in-process engine over a policy."""
-    return HFEngine(policy.model, stop_ids=[policy.chat.end_id], max_context=policy.context)
+def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
+    """The in-process engine over a policy. Its memory grows with the rollouts alive at once, `max_rows` at most."""
+    return HFEngine(policy.model, stop_ids=[policy.chat.end_id], max_rows=max_rows, max_context=policy.context)
 
 
 def spread(tasks: Sequence[Task], count: int) -> list[Task]:
