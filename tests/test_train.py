@@ -400,8 +400,8 @@ def test_tokens_share_a_ratio_by_turn_or_by_rollout():
 
 @pytest.mark.parametrize("ratio", ["turn", "sequence"])
 def test_on_policy_a_ratio_of_segments_changes_the_step_little(world: dict, whole: Path, tmp_path: Path, ratio):
-    """At the sampling policy all ratios are 1; the later minibatches of a step differ."""
-    options = {**world, "estimator": "grpo-mr", "minibatches": 1}
+    """At the sampling policy all ratios are 1."""
+    options = {**world, "estimator": "grpo-mr", "passes": 1, "minibatches": 1}
     runs = []
     for name, chosen in (("usual", "token"), ("other", ratio)):
         train(**{**options, "ratio": chosen, "steps": 1}, out=tmp_path / name)
