@@ -311,7 +311,7 @@ def test_the_table_knows_turns_rollouts_and_groups():
         ({"rollout": np.array([0, 0, 2])}, "row 2 is rollout 2, turn 0"),
         ({"rollout": np.array([1, 1, 2])}, "row 0 is rollout 1"),
         ({"group": np.array([0, 1, 1])}, "row 1 changes it"),
-        ({"turn_rewards": {"r": np.array([0.0, 1.0, np.inf])}}, "'r' is infinite in row 2"),
+        ({"turn_rewards": {"r": np.array([0.0, 1.0, np.inf])}}, "'r' is inf in row 2"),
         ({"outcome_rewards": {"o": np.zeros(3)}}, "'o' must have one entry per rollout"),
     ],
 )

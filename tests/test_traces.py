@@ -75,11 +75,11 @@ def test_a_runs_own_rollouts_are_read_as_they_are(tmp_path: Path):
         ({"group": "q", "turns": []}, "turns must be a list of at least one turn"),
         ({"group": "q", "turns": [3]}, "turn 0: a turn must be a JSON object; got 3"),
         ({"group": "q", "turns": [{}, {"reward": 1}]}, "turn 1 must have fields of rewards, .* got 'reward'"),
-        ({"group": "q", "turns": [{"rewards": {"a": "x"}}]}, 'a must be a finite number; got "x"'),
+        ({"group": "q", "turns": [{"rewards": {"a": "x"}}]}, 'a must be a finite number within .*; got "x"'),
         ({"group": "q", "turns": [{"rewards": [1]}]}, "must be an object of names and numbers"),
         ({"group": "q", "turns": [{"tokens": 0}]}, "tokens must be a whole number of at least 1; got 0"),
         ({"group": "q", "turns": [{"anchor": [1]}]}, "anchor must be a text or a whole number"),
-        ('{"group": "q", "turns": [{"value": NaN}]}', "value must be a finite number; got NaN"),
+        ('{"group": "q", "turns": [{"value": NaN}]}', "value must be a finite number within .*; got NaN"),
         ({"group": "q", "turns": [{}], "outcom": {}}, "got 'outcom'"),
         ({"rollout": {}, "step": 1}, "must be a rollout that a run recorded; KeyError"),
     ],
@@ -93,3 +93,17 @@ def test_what_is_no_rollout_is_refused_with_line_and_field(record: object, words
 def test_an_empty_file_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="it is empty"):
         read_traces(written(tmp_path))
+
+
+def test_nodes_are_named_within_their_group_and_must_agree(tmp_path: Path):
+    two = [{"group": g, "turns": [{"node": "a"}, {"node": "b"}]} for g in ("p", "q")]
+    assert len(set(traces_table(read_traces(written(tmp_path, *two))).node.tolist())) == 4
+    torn = {"group": "p", "turns": [{"node": "a"}, {"node": "a"}]}
+    with pytest.raises(InputError, match="must make a turn table; rows of one tree node"):
+        traces_table(read_traces(written(tmp_path, torn)))
+
+
+@pytest.mark.parametrize("value", [1e200, int("9" * 400)])
+def test_numbers_whose_squares_are_none_are_refused(value: float, tmp_path: Path):
+    with pytest.raises(InputError, match="a must be a finite number within"):
+        read_traces(written(tmp_path, {"group": "q", "turns": [{"rewards": {"a": value}}]}))

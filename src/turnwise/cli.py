@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number."""
 BROKEN_PIPE = 141
+SHOWN_METHODS = ("grpo-or", "grpo-mr", "mt-grpo", "turn-rloo")
+"""What `turnwise credit` prints unless told otherwise: as many as fit a line."""
 EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
 """What the extra `train` brings."""
 
@@ -503,7 +505,8 @@ def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out
 
     Args:
         file: A run's rollouts.jsonl, or JSON lines of turns and rewards (see docs/credit.md).
-        methods: Names of estimators; by default all that the file has the columns for.
+        methods: Names of estimators; by default some of the best known here, and on the page all that the file has the
+            columns for.
         groups: Groups to print.
         out: Also write an HTML page there.
     """
@@ -514,6 +517,8 @@ def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out
     for name in methods:
         if name not in ESTIMATORS:
             raise unknown_name("methods", name, ESTIMATORS)
+    if groups < 1:
+        raise ConfigError(f"groups must be >= 1; got {groups}; give the number of groups to print")
     traces = read_traces(file)
     table = traces_table(traces)
     able = [name for name in ESTIMATORS if all(getattr(table, column) is not None for column in NEEDS.get(name, ()))]
@@ -522,7 +527,8 @@ def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out
             needed = " and ".join(NEEDS[name])
             raise InputError(f"{file} must have {needed} in every turn for {name}; it has not; add it, or leave it out")
     found = {name: ESTIMATORS[name](table).advantages for name in methods or able}
-    print_side_by_side(traces, found, _console(), groups=groups)
+    shown = {name: found[name] for name in methods or SHOWN_METHODS if name in found}
+    print_side_by_side(traces, shown, _console(), groups=groups)
     if out:
         print(f"The page is {write_side_by_side(traces, found, file, out)}.")
 
@@ -555,7 +561,7 @@ def lab(
     for name in estimators:
         if name not in able:
             raise unknown_name("estimators", name, able)
-    if min((*group_sizes, groups, samples), default=1) < 1:
+    if not group_sizes or min(*group_sizes, groups, samples) < 1:
         raise ConfigError("group-sizes, groups and samples must be >= 1; got less; give such numbers")
     chosen = {name: ESTIMATORS[name] for name in estimators or able}
     whole = [name for name in chosen if name in WHOLE_STEP]
@@ -563,11 +569,11 @@ def lab(
     print(text_table(rows, metric))
     if out:
         try:
-            out.with_suffix(".json").write_text(json_text(rows), encoding="utf-8")
-            out.with_suffix(".svg").write_text(heat_map(rows, metric), encoding="utf-8")
+            Path(f"{out}.json").write_text(json_text(rows), encoding="utf-8")
+            Path(f"{out}.svg").write_text(heat_map(rows, metric), encoding="utf-8")
         except OSError as error:
             raise RunError(f"{out} must be writable; got {error.strerror}; choose another --out") from error
-        print(f"Written to {out.with_suffix('.json')} and {out.with_suffix('.svg')}.")
+        print(f"Written to {out}.json and {out}.svg.")
 
 
 # --- the commands ---------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ taken in equal states) and `node` (equal for turns that rollouts of a tree share
 """
 
 import json
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turnwise.credit import TurnTable, turn_table
+from turnwise.credit.table import LARGEST
 from turnwise.errors import InputError
 from turnwise.tasks import read_records
 
@@ -68,6 +68,21 @@ def traces_table(traces: Sequence[Trace]) -> TurnTable:
         found = [[getattr(turn, name) for turn in trace.turns] for trace in traces]
         return None if any(entry is None for turns in found for entry in turns) else found
 
+    nodes = column("node")
+    if nodes is not None:  # a name counts within its group
+        nodes = [[(trace.group, node) for node in found] for trace, found in zip(traces, nodes, strict=True)]
+    try:
+        return _table(traces, groups, nodes, column)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"the rollouts must make a turn table; {error}; rows count the file's turns from 0") from error
+
+
+def _table(
+    traces: Sequence[Trace],
+    groups: dict[Hashable, int],
+    nodes: list[list[Any]] | None,
+    column: Callable[[str], list[list[Any]] | None],
+) -> TurnTable:
     return turn_table(
         [groups.setdefault(trace.group, len(groups)) for trace in traces],
         [[turn.rewards for turn in trace.turns] for trace in traces],
@@ -75,7 +90,7 @@ def traces_table(traces: Sequence[Trace]) -> TurnTable:
         values=column("value"),
         bootstrap=[trace.bootstrap or 0.0 for trace in traces],
         anchors=column("anchor"),
-        nodes=column("node"),
+        nodes=nodes,
         tokens=column("tokens"),
     )
 
@@ -152,8 +167,8 @@ def _rewards(found: Any, place: str) -> dict[str, float]:
 
 
 def _number(value: Any, place: str, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _wrong(place, name, "a finite number", value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST <= value <= LARGEST:
+        raise _wrong(place, name, f"a finite number within ±{LARGEST:g}", value)
     return float(value)
 
 

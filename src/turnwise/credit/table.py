@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 T = TypeVar("T")
+LARGEST = 1e100
+"""The largest size of a reward: squares of it are still numbers."""
 
 Turns = Float[np.ndarray, "N"]
 """One number per turn."""
@@ -86,8 +88,12 @@ class TurnTable:
                     f"outcome {name!r} must have one entry per rollout ({self.num_rollouts}); got {len(column)}"
                 )
         for name, column in (*self.turn_rewards.items(), *self.outcome_rewards.items()):
-            if np.isinf(column).any():
-                raise ValueError(f"rewards must be finite; {name!r} is infinite in row {np.isinf(column).argmax()}")
+            large = np.abs(column) > LARGEST
+            if large.any():
+                row = int(large.argmax())
+                raise ValueError(
+                    f"rewards must be finite and within ±{LARGEST:g}; {name!r} is {column[row]} in row {row}"
+                )
 
     def _check_optional(self) -> None:
         lengths = {"values": len(self.rollout), "anchor": len(self.rollout), "node": len(self.rollout)}
@@ -229,6 +235,8 @@ def turn_table(
             "groups, turn_rewards and outcome_rewards must have one entry per rollout; got "
             f"{len(groups)}, {len(turn_rewards)} and {len(outcome_rewards)}"
         )
+    if len(groups) and not np.issubdtype(np.asarray(groups).dtype, np.integer):
+        raise ValueError(f"groups must be whole numbers, one per rollout; got {list(groups)[:3]}; number them")
     for i, turns in enumerate(turn_rewards):
         if len(turns) == 0:
             raise ValueError(f"a rollout must have at least one turn; rollout {i} has none")

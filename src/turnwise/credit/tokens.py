@@ -44,6 +44,10 @@ def padded_tokens(
         raise ValueError(
             f"turn_ids must be (B, T) with one group per row; got shape {turn_ids.shape} and {len(groups)} groups"
         )
+    if not np.issubdtype(turn_ids.dtype, np.integer) or not np.issubdtype(np.asarray(groups).dtype, np.integer):
+        raise ValueError("turn_ids and groups must be whole numbers; got others; number them")
+    if values is not None and values.shape != turn_ids.shape:
+        raise ValueError(f"values must have the shape of turn_ids, {turn_ids.shape}; got {values.shape}")
     written = turn_ids >= 0
     _check_padded(turn_ids, written)
     counts = turn_ids.max(1) + 1
@@ -89,6 +93,9 @@ def _check_padded(turn_ids: PaddedKeys, written: PaddedFlags) -> None:
 def _per_turn(name: str, rewards: Padded, owner: PaddedKeys, total: int) -> Turns:
     if rewards.shape != owner.shape:
         raise ValueError(f"turn rewards {name!r} must have the shape of turn_ids, {owner.shape}; got {rewards.shape}")
+    if np.isinf(rewards).any():
+        row, at = np.argwhere(np.isinf(rewards))[0].tolist()
+        raise ValueError(f"turn rewards must be finite; {name!r} is infinite in row {row}, token {at}")
     there = ~np.isnan(rewards)
     summed = np.bincount(owner[there], weights=rewards[there], minlength=total)
     return np.where(np.bincount(owner[there], minlength=total) > 0, summed, np.nan)
