@@ -38,6 +38,7 @@ DIRECT_THOUGHTS = ("I know this.", "I remember it.", "This is known to me.")
 READ_THOUGHTS = ("The result says it.", "I found it.", "It is in the result.")
 OPENINGS = ("What", "Which", "Who", "In which", "Where", "When", "How many", "The", "Name the", "Of what")
 SMALL_WORDS = ("the", "of", "in", "was", "is", "a", "and", "for", "by", "to", "which", "first", "name", "on", "did")
+QUOTATIONS = (('"', '"'), ("'", "'"), ("‘", "’"), ("“", "”"), ("(", ")"))
 FAILED_THOUGHTS = ("The search failed.", "No result, so I guess.")
 
 
@@ -211,21 +212,27 @@ def invented_name(rng: random.Random, *, words: int | None = None) -> str:
 
 
 def unfamiliar_question(rng: random.Random) -> str:
-    """A question in words that nobody knows, as a question about another world looks to a small policy."""
+    """A question in words that nobody knows, as a question about another world looks to a small policy.
+
+    Of 4 to 26 words, with the marks that people's questions have: quotations, brackets, dashes, an end without a mark.
+    """
     words = [rng.choice(OPENINGS)]
-    while len(words) < 4 or (len(words) < 18 and rng.random() < 0.86):
+    while len(words) < 4 or (len(words) < 26 and rng.random() < 0.87):
         draw = rng.random()
-        if draw < 0.35:
-            words.append(_invented_word(rng, syllables=rng.choice((1, 1, 2))).lower())
+        if draw < 0.38:
+            words.append(_invented_word(rng, syllables=rng.choice((1, 1, 2, 2, 3))).lower())
         elif draw < 0.72:
             words.append(rng.choice(SMALL_WORDS))
         elif draw < 0.92:
-            words.append(invented_name(rng, words=rng.choice((1, 1, 2))))
+            words.append(invented_name(rng, words=rng.choice((1, 1, 2, 2, 3))))
         else:
             words.append(str(rng.randint(1, 2020)))
-        if rng.random() < 0.06:
-            words[-1] += rng.choice((",", "'s", ";", '"'))
-    return " ".join(words) + "?"
+        if rng.random() < 0.1:
+            words[-1] += rng.choice((",", "'s", "’s", ";", ".", "-" + _invented_word(rng, syllables=1).lower()))
+        elif rng.random() < 0.06:
+            before, after = rng.choice(QUOTATIONS)
+            words[-1] = before + words[-1] + after
+    return " ".join(words) + rng.choice(("?", "?", "?", "?", "?", "?", "", " ?", "."))
 
 
 def _invented_word(rng: random.Random, *, syllables: int | None = None) -> str:
@@ -503,8 +510,8 @@ def phases(config: WarmupConfig) -> tuple[Phase, ...]:
     """The phases in order."""
     return (
         Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15, 0.0), (1.0, 1.0)),
-        Phase("skills", config.skill_steps, SKILLS, Mixture(0.12, 0.15, 0.22, 0.15, 0.13), (1.0, 0.05)),
-        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.25, 0.37, Habits.calls, 0.06), (0.3, 0.02)),
+        Phase("skills", config.skill_steps, SKILLS, Mixture(0.11, 0.15, 0.2, 0.15, 0.24), (1.0, 0.05)),
+        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.24, 0.36, Habits.calls, 0.09), (0.3, 0.02)),
     )
 
 
