@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from turnwise import training
+from turnwise import learning, training
 from turnwise.config import TrainConfig
 from turnwise.evaluation import make_engine, rollout_limits
 from turnwise.policy import load_policy
@@ -68,12 +68,12 @@ def main() -> None:
             optimizer = torch.optim.AdamW(learner.model.parameters(), lr=0.0)
 
             def update(learner=learner, optimizer=optimizer, rows=rows, step=step) -> object:
-                return training.update(learner, optimizer, rows, config, step)
+                return learning.update(learner, optimizer, rows, config, step)
 
             if name == "update":
                 times[name].append(seconds(update))
             else:
-                with patch.object(training, "distinct_rows", list):
+                with patch.object(learning, "distinct_rows", list):
                     times[name].append(seconds(update))
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps")
     print(f"{config.passes} passes x {config.minibatches} minibatches; 16 questions x 16 rollouts")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from turnwise.batch import Row, distinct_rows, micro_batches, pack, rollout_row
+from turnwise.batch import Row, distinct_rows, micro_batches, on_sampled, pack, rollout_row, weighted
 from turnwise.types import Action, Rollout, Turn
 
 
@@ -135,3 +135,47 @@ def test_rows_that_say_and_earn_the_same_are_one_row_that_counts_for_all():
     assert [r.count for r in merged] == [3, 1, 1, 1, 1]
     assert pack(merged, pad_id=0).counts.tolist() == [3, 1, 1, 1, 1]
     assert sum(r.count for r in distinct_rows([*merged, row(2)])) == 8
+
+
+def test_rows_that_say_the_same_and_have_other_value_targets_stay_apart():
+    def valued(target: float, old: float = 0.0) -> Row:
+        one = row(2)
+        return dataclasses.replace(
+            one,
+            values=on_sampled(one, np.array([[old], [old]])),
+            returns=on_sampled(one, np.array([[target], [np.nan]]), fill=np.nan),
+        )
+
+    merged = distinct_rows([valued(1.0), valued(2.0), valued(1.0), valued(1.0, old=0.5)])
+    assert [r.count for r in merged] == [2, 1, 1]
+    batch = pack(merged, pad_id=0)
+    assert batch.returns is not None
+    assert batch.values is not None
+    assert batch.values.shape == batch.returns.shape == (3, 2, 1)
+    assert_array_equal(batch.returns[:, :, 0], np.float32([[1, np.nan], [2, np.nan], [1, np.nan]]))
+
+
+def test_numbers_of_sampled_tokens_lie_on_them():
+    made = rollout_row(rollout(turn((10,), (20, 21)), turn((12,))), [0.0, 0.0], [True, True])
+    assert_array_equal(on_sampled(made, np.array([[1.0, 2], [3, 4]])), [[1, 2], [0, 0], [0, 0], [3, 4]])
+    assert_array_equal(on_sampled(made, np.array([1.0, 3]), fill=np.nan), [1, np.nan, np.nan, 3])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "first", "second"),
+    [
+        # a rollout of turns of 1 and 3 tokens with a reply between, and one of a turn of 1 token
+        ("sequence-mean", [1 / 8, 0, 1 / 8, 1 / 8, 1 / 8], [1 / 2]),
+        ("token-mean", [1 / 5, 0, 1 / 5, 1 / 5, 1 / 5], [1 / 5]),
+        ("turn-mean", [1 / 3, 0, 1 / 9, 1 / 9, 1 / 9], [1 / 3]),
+        ("constant", [1 / 20, 0, 1 / 20, 1 / 20, 1 / 20], [1 / 20]),  # 2 rollouts x length 10
+    ],
+)
+def test_weights_are_those_of_the_whole_minibatch(aggregation, first, second):
+    played = [rollout(turn((10,), (20,)), turn((12, 13, 14))), rollout(turn((11,)))]
+    rows = [rollout_row(r, [1.0] * len(r.turns), [True] * len(r.turns)) for r in played]
+    found = weighted(rows, aggregation, length=10)
+    np.testing.assert_allclose(found[0].weights, first, rtol=1e-6)
+    np.testing.assert_allclose(found[1].weights, second, rtol=1e-6)
+    untrained = [rollout_row(played[0], [1.0, 1.0], [False, True]), rows[1]]
+    assert weighted(untrained, "sequence-mean")[0].weights.tolist() == pytest.approx([0, 0, 1 / 6, 1 / 6, 1 / 6])

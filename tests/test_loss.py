@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from turnwise.loss import clipped_surrogate, policy_loss, reference_kl, rollout_mean_weights, segment_ratio
+from turnwise.loss import clipped_surrogate, policy_loss, reference_kl, segment_ratio, value_loss
 
 logprob = st.floats(-20, 0, width=32)
 
@@ -84,11 +84,18 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     assert_close(logits.grad, -(weights * advantages)[:, None] * scores)
 
 
-def test_weights_are_the_mean_over_rollouts_of_each_ones_token_mean():
-    # 4 rollouts in the step, two of them here with 1 and 3 trained tokens: ¼ · 1 and ¼ · ⅓; none trained: 0
-    mask = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
-    expected = torch.tensor([[1 / 4, 0, 0], [1 / 12, 1 / 12, 1 / 12], [0, 0, 0]])
-    assert_close(rollout_mean_weights(mask, 4), expected)
+def test_the_value_loss_and_its_parts():
+    # Old value 1, clip ½, weights ¼ each:
+    #   V = 1.2, R = 3: within the clip, ½ · 1.8²
+    #   V = 2,   R = 3: gone further than ½ towards its target: held at 1.5, ½ · 1.5², no slope
+    #   V = 2,   R = 0: gone further away from it: counted in full, ½ · 2²
+    #   V = 0,   R = 3: the same below: ½ · 3²
+    values = t(1.2, 2.0, 2.0, 0.0).requires_grad_()
+    parts = value_loss(values, t(1.0, 1.0, 1.0, 1.0), t(3.0, 3.0, 0.0, 3.0), t(0.25, 0.25, 0.25, 0.25), clip=0.5)
+    parts.loss.backward()
+    assert_close(parts.loss.detach(), torch.tensor((1.8**2 + 1.5**2 + 2**2 + 3**2) / 8))
+    assert_close(parts.clipped, torch.tensor(0.25))
+    assert_close(values.grad, t(-1.8 / 4, 0.0, 2 / 4, -3 / 4))
 
 
 # ------------------------------------------------------------------------------ ratios of segments

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from turnwise.batch import Row, distinct_rows, micro_batches, pack, rollout_row
+from turnwise.batch import Row, distinct_rows, micro_batches, pack, rollout_row, weighted
 from turnwise.errors import InputError, RunError
-from turnwise.loss import policy_loss, rollout_mean_weights
+from turnwise.loss import policy_loss
 from turnwise.policy import Policy, load_policy, save_policy, tiny_policy, token_logprobs
 from turnwise.types import Action, Rollout, Turn
 
@@ -65,10 +65,13 @@ def gradient(policy: Policy, loss: torch.Tensor) -> torch.Tensor:
 
 
 def batched_loss(policy: Policy, all_rows: list[Row], *, max_tokens: int, pad_id: int = 0) -> torch.Tensor:
-    total, num_rows = torch.zeros(()), sum(row.count for row in all_rows)
+    total = torch.zeros(())
+    if all_rows[0].weights is None:
+        all_rows = weighted(all_rows, "sequence-mean")
     for batch in micro_batches(all_rows, max_tokens=max_tokens, pad_id=pad_id):
         logprobs, _ = token_logprobs(policy.model, batch, batch.loss)
-        weights = (batch.counts[:, None] * rollout_mean_weights(batch.loss, num_rows))[batch.loss]
+        assert batch.weights is not None
+        weights = (batch.counts[:, None] * batch.weights)[batch.loss]
         sampled, advantages = batch.sampling_logprobs[batch.loss], batch.advantages[batch.loss]
         total = total + policy_loss(logprobs, sampled, advantages, weights).loss
     return total
@@ -175,7 +178,7 @@ def test_micro_batches_order_and_padding_change_neither_loss_nor_gradient(tiny: 
 
 def test_merging_equal_rows_changes_neither_loss_nor_gradient(tiny: Policy):
     repeated = [row for i, row in enumerate(rows()) for _ in range(1 + i % 3)]
-    merged = distinct_rows(repeated)
+    merged = distinct_rows(weighted(repeated, "sequence-mean"))
     assert (len(repeated), len(merged)) == (12, 6)
     one, other = (batched_loss(tiny, r, max_tokens=10_000) for r in (repeated, merged))
     assert_close(other, one)

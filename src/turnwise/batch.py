@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from turnwise.credit import loss_weights, padded, padded_tokens, turn_ids_from_mask
+from turnwise.credit.tokens import Aggregation
 from turnwise.types import Rollout
 
 LIKE_LENGTH = 32
@@ -40,6 +42,13 @@ class Row:
     """float32 (T,), nats; 0 where not sampled."""
     advantages: np.ndarray
     """float32 (T,); 0 where not sampled."""
+    values: np.ndarray | None = None
+    """float32 (T, heads): a critic's values of the state before each token, from before the update; 0 where the policy
+    did not sample. None without a critic."""
+    returns: np.ndarray | None = None
+    """float32 (T, heads): what the critic's values are to learn; NaN where a head has no target."""
+    weights: np.ndarray | None = None
+    """float32 (T,): what each token's term weighs in the loss, as `weighted` fills in."""
     count: int = 1
     """How many rollouts this row stands for."""
 
@@ -72,6 +81,10 @@ class MicroBatch:
     loss: torch.Tensor
     sampling_logprobs: torch.Tensor
     advantages: torch.Tensor
+    values: torch.Tensor | None
+    """float32 (B, T, heads), as are `returns`, NaN where there is no target; None where a row has none."""
+    returns: torch.Tensor | None
+    weights: torch.Tensor | None
     counts: torch.Tensor
     """float32 (B,): how many rollouts each row stands for."""
 
@@ -113,14 +126,34 @@ def rollout_row(rollout: Rollout, turn_advantages: Sequence[float], trained: Seq
     )
 
 
+def on_sampled(row: Row, numbers: np.ndarray, *, fill: float = 0.0) -> np.ndarray:
+    """Numbers (n, ...) of the row's sampled tokens at their places, float32 (T, ...); `fill` elsewhere."""
+    out = np.full((len(row.ids), *numbers.shape[1:]), fill, dtype=np.float32)
+    out[row.action] = numbers
+    return out
+
+
+def weighted(rows: Sequence[Row], aggregation: Aggregation, *, length: int | None = None) -> list[Row]:
+    """The rows with what their tokens weigh in the loss over all these rows, `credit.loss_weights`.
+
+    0 outside the loss mask. To be called with every row of a minibatch, so that its micro-batches add up to its loss.
+    """
+    turn_ids = turn_ids_from_mask(_filled([row.loss for row in rows], False))
+    table = padded_tokens(turn_ids, [0] * len(rows))
+    found = padded(loss_weights(table, aggregation, length=length), turn_ids).astype(np.float32)
+    return [replace(row, weights=weights[: len(row.ids)]) for row, weights in zip(rows, found, strict=True)]
+
+
 def distinct_rows(rows: Iterable[Row]) -> list[Row]:
     """The rows with equal ones merged: rollouts that say the same and earn the same are computed once.
 
-    As a policy becomes sure of itself, most rollouts of a group are equal.
+    Equal in all that the loss reads: tokens, advantages, weights, and with a critic old values and targets. As a policy
+    becomes sure of itself, most rollouts of a group are equal.
     """
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        key = (row.prompt_ids, row.ids, row.advantages.tobytes(), row.loss.tobytes())
+        read = (row.advantages, row.loss, row.values, row.returns, row.weights)
+        key = (row.prompt_ids, row.ids, *(None if column is None else column.tobytes() for column in read))
         found.setdefault(key, []).append(row)
     return [replace(same[0], count=sum(row.count for row in same)) for same in found.values()]
 
@@ -190,7 +223,13 @@ class _Tree:
 
 
 def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int) -> Iterator[MicroBatch]:
-    """The rows in micro-batches, each within `max_tokens` padded positions of its levels.
+    """The rows in micro-batches, each within `max_tokens` padded positions of its levels."""
+    for chunk in chunks(rows, max_tokens=max_tokens):
+        yield pack(chunk, pad_id=pad_id)
+
+
+def chunks(rows: Sequence[Row], *, max_tokens: int) -> Iterator[list[Row]]:
+    """The rows of each micro-batch.
 
     Rows whose first stretches are of like length stand together, and among them those that begin alike. A row longer
     than the budget gets a micro-batch of its own.
@@ -202,12 +241,12 @@ def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int) -> Itera
     for row, stretches in found:
         tree.add(stretches)
         if chunk and tree.size > max_tokens:
-            yield pack(chunk, pad_id=pad_id)
+            yield chunk
             chunk, tree = [], _Tree()
             tree.add(stretches)
         chunk.append(row)
     if chunk:
-        yield pack(chunk, pad_id=pad_id)
+        yield chunk
 
 
 def _first_length(row: Row, stretches: Sequence[tuple[int, ...]]) -> int:
@@ -241,6 +280,9 @@ def pack(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
         loss=_padded([row.loss for row in rows], False),
         sampling_logprobs=_padded([row.sampling_logprobs for row in rows], 0.0),
         advantages=_padded([row.advantages for row in rows], 0.0),
+        values=_optional([row.values for row in rows], 0.0),
+        returns=_optional([row.returns for row in rows], np.nan),
+        weights=_optional([row.weights for row in rows], 0.0),
         counts=torch.tensor([float(row.count) for row in rows]),
     )
 
@@ -254,8 +296,19 @@ def _level(stretches: Iterable[tuple[int, tuple[int, ...]]], pad_id: int) -> Lev
     )
 
 
+def _optional(arrays: Sequence[np.ndarray | None], fill: float) -> torch.Tensor | None:
+    """The arrays padded; None where one is missing."""
+    there = [array for array in arrays if array is not None]
+    return _padded(there, fill) if len(there) == len(arrays) else None
+
+
 def _padded(arrays: Sequence[np.ndarray], fill: float | bool) -> torch.Tensor:
-    out = np.full((len(arrays), max(len(a) for a in arrays)), fill, dtype=arrays[0].dtype)
+    return torch.from_numpy(_filled(arrays, fill))
+
+
+def _filled(arrays: Sequence[np.ndarray], fill: float | bool) -> np.ndarray:
+    """Arrays (T, ...) of different lengths in one, (B, longest T, ...)."""
+    out = np.full((len(arrays), max(len(a) for a in arrays), *arrays[0].shape[1:]), fill, dtype=arrays[0].dtype)
     for row, array in zip(out, arrays, strict=True):
         row[: len(array)] = array
-    return torch.from_numpy(out)
+    return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT
+from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.rewards import PAPER_WEIGHTS
 
@@ -16,7 +16,15 @@ EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
 RATIOS = ("token", "turn", "sequence")
 RECORDED = ("tokens", "anchor")
-"""The optional columns of the turn table that training fills."""
+"""The optional columns of the turn table that training fills without a critic."""
+CRITIC_METHODS = (*TOKEN_ESTIMATORS, "turn-ppo", "step-ppo")
+"""The estimators that training makes a critic for."""
+TRAINABLE = (*(name for name in ESTIMATORS if set(NEEDS.get(name, ())) <= set(RECORDED)), *CRITIC_METHODS)
+"""The estimators that training can use."""
+DISCOUNTED = ("grpo-mr", "turn-rloo", *CRITIC_METHODS)
+"""Those that take `gamma`."""
+CRITICS = ("own", "shared")
+AGGREGATIONS = ("sequence-mean", "token-mean", "turn-mean", "constant")
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
 
@@ -28,11 +36,26 @@ class TrainConfig:
     out: Path = Path("runs/run")
     """Run directory to make."""
     estimator: str = "mt-grpo"
-    """How rewards become advantages: grpo-or, grpo-mr, mt-grpo, turn-rloo, ... (see docs/credit.md)."""
+    """How rewards become advantages: grpo-or, mt-grpo, turn-rloo, ppo-or, mt-ppo, turn-ppo, ... (docs/credit.md)."""
     alpha: float = 1.0
     """mt-grpo: weight of later turns' advantages in earlier ones, in [0, 1]."""
-    gamma: float = 1.0
-    """grpo-mr, turn-rloo: discount of rewards per turn, in (0, 1]. The others keep their papers' own."""
+    gamma: float | None = None
+    """Discount in (0, 1]; by default the method's own. Per token: ppo-or, ppo-mr, mt-ppo, mt-ppo-paid-at-end (1). Per
+    turn: turn-ppo, step-ppo (.99), bi-level-gae, vetta (.95), grpo-mr, turn-rloo (1). The others keep their papers'."""
+    lam: float | None = None
+    """Lambda of GAE in [0, 1], per token or turn as `gamma`; by default the method's own: ppo-or, ppo-mr, mt-ppo,
+    mt-ppo-paid-at-end, step-ppo, bi-level-gae 1, turn-ppo .9, vetta .95."""
+    critic: Literal["own", "shared"] = "own"
+    """Methods with a critic: on a trunk of its own, or a head on the policy's states (see docs/ppo.md)."""
+    critic_learning_rate: float = 1e-3
+    """Peak learning rate of the critic's AdamW."""
+    critic_warmup_steps: int = 0
+    """First steps in which only the critic learns."""
+    value_clip: float = 0.5
+    """How far the value loss lets a value move in a step."""
+    whiten: bool | None = None
+    """Methods with a critic: whiten advantages over the step's sampled tokens. By default token methods do, turn-ppo
+    and step-ppo (which whitens over turns itself) do not."""
 
     policy: str = "embedded"
     """The start: "embedded", or a checkpoint folder."""
@@ -88,6 +111,9 @@ class TrainConfig:
     """How far below 1 a probability ratio counts."""
     clip_high: float = 0.2
     """How far above 1 a probability ratio counts."""
+    aggregation: Literal["sequence-mean", "token-mean", "turn-mean", "constant"] = "sequence-mean"
+    """What a token weighs in the loss: means over rollouts, tokens or turns, or a constant (max-turns x
+    max-turn-tokens per rollout)."""
     kl_coef: float = 0.0
     """Weight of the divergence from the start in the loss."""
     micro_batch_tokens: int = 2048
@@ -105,19 +131,19 @@ class TrainConfig:
     """Threads of torch; 0 leaves its own choice."""
 
     def __post_init__(self) -> None:
-        trainable = [name for name in ESTIMATORS if set(NEEDS.get(name, ())) <= set(RECORDED)]
-        if self.estimator in ESTIMATORS and self.estimator not in trainable:
+        if self.estimator in ESTIMATORS and self.estimator not in TRAINABLE:
             raise ConfigError(
                 f"estimator must need no more than training records; {self.estimator} needs "
                 f"{' and '.join(NEEDS[self.estimator])}; take another, or give a file with them to `turnwise credit`"
             )
-        if self.estimator not in ESTIMATORS:
-            raise unknown_name("estimator", self.estimator, trainable)
+        if self.estimator not in TRAINABLE:
+            raise unknown_name("estimator", self.estimator, TRAINABLE)
         for name, low, high in _RANGES:
             _check_number(name, getattr(self, name), low, high)
-        _check_number("gamma", self.gamma, 0, 1)
-        if not 0 < self.gamma <= 1:
-            raise ConfigError(f"gamma must be in (0, 1]; got {self.gamma}; 1 does not discount")
+        self._check_critic()
+        for option, value, known in (("aggregation", self.aggregation, AGGREGATIONS), ("critic", self.critic, CRITICS)):
+            if value not in known:
+                raise unknown_name(option, value, known)
         if self.exact_match not in EXACT_MATCHES:
             raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
         if self.ratio not in RATIOS:
@@ -134,6 +160,24 @@ class TrainConfig:
                 f"minibatches must be <= tasks-per-step ({self.tasks_per_step}), as each takes whole groups; "
                 f"got {self.minibatches}; lower it"
             )
+
+    def _check_critic(self) -> None:
+        """Raises ConfigError for discounts out of range, and for options of critics where there is none."""
+        if self.gamma is not None:
+            _check_number("gamma", self.gamma, 0, 1)
+            if self.gamma == 0:
+                raise ConfigError(f"gamma must be in (0, 1]; got {self.gamma}; 1 does not discount")
+        if self.lam is not None:
+            _check_number("lam", self.lam, 0, 1)
+        if self.whiten is not None and not isinstance(self.whiten, bool):
+            raise ConfigError(f"whiten must be true or false; got {self.whiten!r}; give one, or leave it out")
+        if self.estimator not in CRITIC_METHODS:
+            for name in ("lam", "whiten"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} must go with a method that has a critic; got {self.estimator}; leave it out, or take "
+                        f"one of {', '.join(CRITIC_METHODS)}"
+                    )
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
@@ -172,6 +216,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup_steps", 0, _INF),
     ("adam_beta2", 0, 0.99999),
     ("max_grad_norm", 1e-9, _INF),
+    ("critic_learning_rate", 0, 1),
+    ("critic_warmup_steps", 0, _INF),
+    ("value_clip", 1e-9, _INF),
     ("clip_low", 0, 1),
     ("clip_high", 0, _INF),
     ("kl_coef", 0, _INF),

@@ -91,11 +91,28 @@ def segment_ratio(shifts: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     return means.exp()[place]
 
 
-def rollout_mean_weights(loss_mask: torch.Tensor, num_rollouts: int) -> torch.Tensor:
-    """Weights (B, T) for the mean over rollouts of each rollout's mean over its trained tokens.
+@dataclass(frozen=True)
+class ValueParts:
+    """What a critic's loss is made of, each a scalar summed with the weights."""
 
-    GRPO's aggregation, arXiv 2402.03300. `num_rollouts` counts all rollouts of the step, so that micro-batches add up
-    to the step's loss.
+    loss: torch.Tensor
+    clipped: torch.Tensor
+    """Share of values that the clip holds."""
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, weights: torch.Tensor, *, clip: float
+) -> ValueParts:
+    """The critic's loss over (N,) values, clipped around those from before the update.
+
+        Σ w · ½ max( (V − R)²,  (V_old + clip(V − V_old, −ε, ε) − R)² )
+
+    The value loss of PPO trainers, as in the code of Schulman et al. 2017, arXiv 1707.06347: a value that has gone
+    further than ε has no gradient, unless it went away from its target.
     """
-    counts = loss_mask.sum(1, keepdim=True).clamp(min=1)
-    return loss_mask / (counts * num_rollouts)
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    plain, held = (values - returns) ** 2, (near - returns) ** 2
+    return ValueParts(
+        loss=(weights * torch.maximum(plain, held)).sum() / 2,
+        clipped=(weights * (held > plain).float()).sum().detach(),
+    )

@@ -208,18 +208,25 @@ def _distance(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def token_logprobs(
-    model: PreTrainedModel, batch: MicroBatch, where: torch.Tensor, *, temperature: float = 1.0
+    model: PreTrainedModel,
+    batch: MicroBatch,
+    where: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies (nats) of the tokens at `where` (B, T), each (N,) in row-major order.
 
     Under the distribution softmax(logits / temperature), which is the one that was sampled from. The vocabulary
-    projection runs at these tokens alone, and once for those that rollouts have in common.
+    projection runs at these tokens alone, and once for those that rollouts have in common. `states` are the batch's
+    `token_states`, where they have been computed.
     """
     places, inverse = torch.unique(batch.place[where], return_inverse=True)
     tokens = torch.cat([level.ids.flatten() for level in batch.levels])[places]
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output layer"
-    logits = head(token_states(model, batch)[places]).float() / temperature
+    states = token_states(model, batch) if states is None else states
+    logits = head(states[places]).float() / temperature
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, tokens[:, None])[:, 0][inverse], entropy[inverse]

@@ -3,7 +3,8 @@
     config.json                 the resolved configuration, before the first step
     metrics.jsonl               one line per step and split
     rollouts.jsonl              recorded rollouts with their credit
-    checkpoints/step-000020/    a policy that `transformers` loads, the optimiser, and state.json with checksums
+    checkpoints/step-000020/    a policy that `transformers` loads, the optimiser, the critic and its optimiser where
+                                there is one, and state.json with checksums
     best/                       the policy of the best validation so far
     eval-NAME.json              evaluations
     report.html
@@ -27,11 +28,13 @@ from safetensors.torch import load_file, save_file
 
 import turnwise
 from turnwise.config import TrainConfig, config_from_dict, config_to_dict
+from turnwise.critic import Critic
 from turnwise.errors import RunError
 from turnwise.policy import Policy, save_policy
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
+OPTIMIZER, CRITIC, CRITIC_OPTIMIZER = (f"{name}.safetensors" for name in ("optimizer", "critic", "critic_optimizer"))
 
 
 @contextlib.contextmanager
@@ -118,6 +121,11 @@ def cut_lines(path: Path, *, after_step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file of whole lines; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 # --- checkpoints ------------------------------------------------------------------------------------
 
 
@@ -126,14 +134,22 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    run: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    critic: Critic | None = None,
 ) -> Path:
     """Writes a checkpoint that a run can continue from, and drops all but the newest few."""
     folder = checkpoint_folder(run, step)
     with writing(folder):
         partial = _fresh(folder.with_name(f".{folder.name}.partial"))
         save_policy(policy, partial)
-        save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
+        save_file(_optimizer_tensors(optimizer), partial / OPTIMIZER)
+        if critic:
+            save_file(critic.state(), partial / CRITIC)
+            save_file(_optimizer_tensors(critic.optimizer), partial / CRITIC_OPTIMIZER)
         sums = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
         record = {"format": FORMAT, "step": step, "sha256": sums, **state}
         (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -181,17 +197,26 @@ def _checkpoint_state(folder: Path) -> tuple[str, dict[str, Any] | None]:
     return "", state
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path, name: str = OPTIMIZER) -> None:
     """Puts a checkpoint's optimiser state into a fresh optimiser of the same parameters."""
-    try:
-        tensors = load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} must hold the optimiser's state; it cannot be read ({error})") from error
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = tensor
+    for key, tensor in _tensors(folder / name, "the optimiser's state").items():
+        index, entry = key.split(".")
+        state.setdefault(int(index), {})[entry] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_critic(critic: Critic, folder: Path) -> None:
+    """Puts a checkpoint's critic, weights and optimiser, into a fresh one of the same kind."""
+    critic.load_state(_tensors(folder / CRITIC, "the critic"))
+    load_optimizer(critic.optimizer, folder, CRITIC_OPTIMIZER)
+
+
+def _tensors(file: Path, what: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file.parent} must hold {what}; it cannot be read ({error})") from error
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

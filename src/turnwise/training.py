@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,22 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, rollout_row
-from turnwise.config import TrainConfig
-from turnwise.credit import ESTIMATORS, Credit, TurnTable, turn_table
+from turnwise.batch import Row, on_sampled, rollout_row
+from turnwise.config import CRITIC_METHODS, DISCOUNTED, TrainConfig
+from turnwise.credit import (
+    ESTIMATORS,
+    TOKEN_ESTIMATORS,
+    Credit,
+    Stream,
+    TokenTable,
+    TurnTable,
+    broadcast,
+    token_table,
+    turn_ppo,
+    turn_table,
+    whiten_tokens,
+)
+from turnwise.critic import Critic, make_critic, step_values
 from turnwise.errors import RunError
 from turnwise.evaluation import (
     check_prompts,
@@ -28,22 +40,25 @@ from turnwise.evaluation import (
     rollout_limits,
     spread,
 )
-from turnwise.loss import Ratio, policy_loss, rollout_mean_weights
-from turnwise.policy import Policy, load_policy, token_logprobs
-from turnwise.rollout import awaited, rollout_seed, run_groups
+from turnwise.learning import update
+from turnwise.policy import load_policy
+from turnwise.rollout import awaited, run_groups
 from turnwise.rundir import (
     append_lines,
     create_run,
     cut_lines,
     latest_checkpoint,
+    load_critic,
     load_optimizer,
     read_config,
+    read_lines,
     save_best,
     save_checkpoint,
     write_config,
 )
 from turnwise.setting import Setting, make_setting
 from turnwise.types import Rollout, Task
+from turnwise.watch import new_warnings
 
 Record = dict[str, Any]
 
@@ -112,19 +127,37 @@ class _Run:
         self.policy = load_policy(config.policy)
         self.limits = rollout_limits(config, self.policy)
         check_prompts(setting, self.policy, self.limits)
-        self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, config.adam_beta2),
-            weight_decay=0.0,
-        )
+        self.optimizer = self._optimizer()
+        self.critic = self._critic()
         self.reference = load_policy(config.policy) if config.kl_coef > 0 else None
         self.step = 0
         self.saved_step = 0
         self.best = -1.0
         self.validation: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
         self.engine = make_engine(self.policy)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.AdamW(
+            self.policy.model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, config.adam_beta2),
+            weight_decay=0.0,
+        )
+
+    def _critic(self) -> Critic | None:
+        config = self.config
+        if config.estimator not in CRITIC_METHODS:
+            return None
+        return make_critic(
+            self.policy,
+            config.critic,
+            heads=2 if config.estimator == "vetta" else 1,
+            learning_rate=config.critic_learning_rate,
+            adam_beta2=config.adam_beta2,
+        )
 
     def restore(self) -> None:
         """Goes back to the newest checkpoint, or to the start where none was reached; drops what was logged since."""
@@ -133,13 +166,11 @@ class _Run:
             return
         folder, state = latest_checkpoint(self.config.out)
         self.policy = load_policy(folder)
-        self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(),
-            lr=self.config.learning_rate,
-            betas=(0.9, self.config.adam_beta2),
-            weight_decay=0.0,
-        )
+        self.optimizer = self._optimizer()
         load_optimizer(self.optimizer, folder)
+        self.critic = self._critic()
+        if self.critic:
+            load_critic(self.critic, folder)
         self.engine = make_engine(self.policy)
         self.step, self.best, self.wall_s = state["step"], state["best"], state["wall_s"]
         self.validation = state["validation"]
@@ -150,6 +181,8 @@ class _Run:
     def _cut_logs(self, *, after_step: int) -> None:
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             cut_lines(self.config.out / name, after_step=after_step)
+        records = read_lines(self.config.out / "metrics.jsonl")
+        self.history = [record["metrics"] for record in records if record["split"] == "train"]
 
     def play_out(self, display: Display | None, interrupted: Callable[[], bool]) -> TrainResult:
         """Steps until the end or an interruption."""
@@ -195,10 +228,8 @@ class _Run:
         kept = [r for r in rollouts if r.stop != "error"]
         if not kept:
             raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
-        table = rollout_table(kept)
-        credit = estimate(config, table)
-        rows = training_rows(kept, table, credit)
-        learning = update(self.policy, self.optimizer, rows, config, self.step, self.reference)
+        credited = credit_rollouts(kept, config, self.critic, pad_id=self.policy.chat.pad_id)
+        learning = update(self.policy, self.optimizer, credited.rows, config, self.step, self.reference, self.critic)
         self.engine.refresh(self.step + 1)
         ended = time.perf_counter()
         tokens = sum(r.num_tokens for r in kept)
@@ -206,15 +237,16 @@ class _Run:
         metrics = {
             **mean_metrics([(by_id[r.task_id], r) for r in rollouts]),
             **_reward_means(kept),
-            **_credit_metrics(table, credit),
+            **_credit_metrics(credited),
             **learning,
+            "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in kept])),
             "failed_rollouts": (len(rollouts) - len(kept)) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in kept])),
             "tokens_per_s": tokens / (ended - start),
             "rollout_s": rolled - start,
             "update_s": ended - rolled,
         }
-        return metrics, _rollout_lines(self.step + 1, by_id, kept, table, credit, config)
+        return metrics, _rollout_lines(self.step + 1, by_id, kept, credited, config)
 
     def _validate(self, display: Display | None) -> None:
         size = self.config.validation_size
@@ -234,6 +266,11 @@ class _Run:
         split: str = "train",
     ) -> None:
         record = {"step": self.step, "split": split, "wall_s": round(self.wall_s, 3), "metrics": metrics}
+        if split == "train":
+            self.history.append(metrics)
+            warmup = self.config.critic_warmup_steps
+            said = new_warnings(self.history, max_turns=self.config.max_turns, critic_warmup_steps=warmup)
+            record |= {"warnings": said} if said else {}
         append_lines(self.config.out / "rollouts.jsonl", rollout_lines)
         append_lines(self.config.out / "metrics.jsonl", [record])
         if display:
@@ -244,7 +281,7 @@ class _Run:
             return
         self.saved_step = self.step
         state = {"best": self.best, "wall_s": self.wall_s, "validation": self.validation}
-        save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state)
+        save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state, self.critic)
 
 
 # --- the parts of a step ----------------------------------------------------------------------------
@@ -278,10 +315,15 @@ def rollout_table(rollouts: Sequence[Rollout]) -> TurnTable:
 
 
 def estimate(config: TrainConfig, table: TurnTable) -> Credit:
-    """The configured estimator's credit."""
-    discount = {"gamma": config.gamma}
-    parameters = {"grpo-mr": discount, "turn-rloo": discount, "mt-grpo": {"alpha": config.alpha}}
-    return ESTIMATORS[config.estimator](table, **parameters.get(config.estimator, {}))
+    """The configured estimator's credit, where it needs no critic."""
+    parameters = _discounts(config) | ({"alpha": config.alpha} if config.estimator == "mt-grpo" else {})
+    return ESTIMATORS[config.estimator](table, **parameters)
+
+
+def _discounts(config: TrainConfig) -> dict[str, float]:
+    """Those that were given, for a method that takes them."""
+    given = {"gamma": config.gamma, "lam": config.lam} if config.estimator in DISCOUNTED else {}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def training_rows(rollouts: Sequence[Rollout], table: TurnTable, credit: Credit) -> list[tuple[int, Row]]:
@@ -293,106 +335,125 @@ def training_rows(rollouts: Sequence[Rollout], table: TurnTable, credit: Credit)
     ]
 
 
-def update(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    rows: Sequence[tuple[int, Row]],
-    config: TrainConfig,
-    step: int,
-    reference: Policy | None = None,
-) -> dict[str, float]:
-    """`passes` times `minibatches` optimiser steps over a step's rollouts; means of what they saw."""
-    groups = sorted({group for group, _ in rows})
-    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = rate
-    seen: list[dict[str, float]] = []
-    for repeat in range(config.passes):
-        order = np.random.default_rng(rollout_seed(config.seed, step, repeat)).permutation(len(groups))
-        for part in np.array_split(order, config.minibatches):
-            chosen = {groups[i] for i in part}
-            minibatch = [row for group, row in rows if group in chosen]
-            if minibatch:
-                seen.append(_optimise(policy, optimizer, minibatch, config, reference))
-    names = dict.fromkeys(name for s in seen for name in s)
-    return {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
+@dataclass(frozen=True, kw_only=True)
+class Credited:
+    """A step's credit: what the update learns from, and what is told of it."""
+
+    table: TurnTable
+    credit: Credit
+    """Per turn; of a method with a critic the means over each turn's tokens, and the values as a stream."""
+    rows: list[tuple[int, Row]]
+    """Each rollout's group and its row."""
+    metrics: dict[str, float]
+    """What is told of the critic."""
 
 
-def _optimise(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    rows: Sequence[Row],
-    config: TrainConfig,
-    reference: Policy | None,
-) -> dict[str, float]:
-    """One optimiser step. Rows without any credit have no gradient; without a KL term they are not computed.
-
-    Entropy, clip fraction and shift are means over the computed rows, absent where there are none.
-    """
-    live = distinct_rows(row for row in rows if reference or np.any(row.advantages[row.loss]))
-    sums: dict[str, float] = dict.fromkeys(("loss", "kl", "clip_fraction", "policy_shift", "entropy"), 0.0)
-    weighed = 0.0
-    for batch in micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id):
-        for name, value in _backward(policy, batch, len(rows), config, reference).items():
-            sums[name] += value
-        weighed += float(batch.counts.sum()) / len(rows)
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
-    if not math.isfinite(norm):
-        raise RunError(
-            f"the gradient must be finite; its norm is {float(norm)}; lower --learning-rate, and --resume from the "
-            "last checkpoint or start anew"
-        )
-    if live:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for name in ("entropy", "clip_fraction", "policy_shift"):
-        mean = sums.pop(name)
-        if live:
-            sums[name] = mean / weighed
-    if reference is None:
-        del sums["kl"]
-    return {**sums, "grad_norm": float(norm), "live_rollouts": weighed, "computed_rows": len(live) / len(rows)}
-
-
-def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:
-    """Which ratio each token takes part in, (B, T): one number per turn, or per rollout."""
-    rows = torch.arange(batch.num_rows)[:, None].expand_as(batch.action)
-    if ratio == "sequence":
-        return rows
-    starts = batch.action & ~torch.nn.functional.pad(batch.action, (1, 0))[:, :-1]
-    return rows * batch.action.shape[1] + starts.cumsum(1)
-
-
-def _backward(
-    policy: Policy, batch: MicroBatch, num_rows: int, config: TrainConfig, reference: Policy | None
-) -> dict[str, float]:
-    """Adds a micro-batch's gradient; its share of the step's sums."""
-    logprobs, entropy = token_logprobs(policy.model, batch, batch.loss, temperature=config.temperature)
-    weights = (batch.counts[:, None] * rollout_mean_weights(batch.loss, num_rows))[batch.loss]
-    ref_logprobs = None
-    if reference:
-        with torch.no_grad():
-            ref_logprobs, _ = token_logprobs(reference.model, batch, batch.loss, temperature=config.temperature)
-    segments = None if config.ratio == "token" else loss_segments(batch, config.ratio)[batch.loss]
-    parts = policy_loss(
-        logprobs,
-        batch.sampling_logprobs[batch.loss],
-        batch.advantages[batch.loss],
-        weights,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        ref_logprobs=ref_logprobs,
-        kl_coef=config.kl_coef,
-        segments=segments,
+def credit_rollouts(
+    rollouts: Sequence[Rollout], config: TrainConfig, critic: Critic | None = None, *, pad_id: int = 0
+) -> Credited:
+    """The configured method's credit for scored rollouts."""
+    if critic is None:
+        table = rollout_table(rollouts)
+        credit = estimate(config, table)
+        return Credited(table=table, credit=credit, rows=training_rows(rollouts, table, credit), metrics={})
+    rows = [rollout_row(r, [0.0] * len(r.turns), [True] * len(r.turns)) for r in rollouts]
+    cut = [r.stop == "max_tokens" for r in rollouts]
+    values, after = step_values(critic, rows, cut, max_tokens=config.micro_batch_tokens, pad_id=pad_id)
+    tokens = critic_table(rollouts, values, after)
+    found = critic_credit(config, tokens, np.concatenate(values).astype(float))
+    bounds = np.cumsum([len(own) for own in values])[:-1]
+    parts = zip(rollouts, rows, values, *(np.split(x, bounds) for x in (found.advantages, found.returns)), strict=True)
+    return Credited(
+        table=tokens.turns,
+        credit=found.turns,
+        rows=[
+            (
+                rollout.group,
+                dataclasses.replace(
+                    row,
+                    advantages=on_sampled(row, advantages),
+                    values=on_sampled(row, own),
+                    returns=on_sampled(row, returns, fill=np.nan),
+                ),
+            )
+            for rollout, row, own, advantages, returns in parts
+        ],
+        metrics={**found.metrics, "bootstrapped": float(np.mean(cut))},
     )
-    parts.loss.backward()
-    return {
-        "loss": float(parts.loss.detach()),
-        "kl": float(parts.kl),
-        "clip_fraction": float(parts.clipped),
-        "policy_shift": float(parts.shift),
-        "entropy": float((weights * entropy.detach()).sum()),
-    }
+
+
+def critic_table(rollouts: Sequence[Rollout], values: Sequence[np.ndarray], after: np.ndarray) -> TokenTable:
+    """The token table of scored rollouts with a critic's values, and in it the turn table with its own.
+
+    `values` (n, heads) are those of each rollout's sampled tokens, `after` (R, heads) those of the states in which
+    rollouts were cut off. The first head values tokens, the last one turns, at their first tokens. A rollout that a
+    token budget cut off goes on with the value of its last state and is not paid its outcome: what it would have earned
+    is unknown, and a limit that the policy cannot see must not be taken for the end of the task (Pardo et al. 2018,
+    arXiv 1712.00378). One that used up its turns is paid and does not go on: that limit is part of the task.
+    """
+    paid = [dataclasses.replace(r, outcome_rewards={}) if r.stop == "max_tokens" else r for r in rollouts]
+    tokens = token_table(rollout_table(paid))
+    own = np.concatenate(values).astype(float)
+    turns = dataclasses.replace(
+        tokens.turns, values=own[_first_tokens(tokens), -1], bootstrap=after[:, 0].astype(float)
+    )
+    return dataclasses.replace(tokens, turns=turns, values=own[:, 0])
+
+
+def _first_tokens(table: TokenTable) -> np.ndarray:
+    """The place of each turn's first token, in a table of sampled tokens alone."""
+    return np.append(0, table.last[:-1] + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticCredit:
+    """What a method with a critic gives the sampled tokens of a step."""
+
+    turns: Credit
+    advantages: np.ndarray
+    """(M,)"""
+    returns: np.ndarray
+    """(M, heads): value targets; NaN where a head has none."""
+    metrics: dict[str, float]
+
+
+def critic_credit(config: TrainConfig, table: TokenTable, values: np.ndarray) -> CriticCredit:
+    """The configured method's credit of a table of sampled tokens, whose values by head are `values` (M, heads).
+
+    Methods over turns have value targets at the turns' first tokens; vetta there for its second head.
+    """
+    name, first, parameters = config.estimator, _first_tokens(table), _discounts(config)
+    returns = np.full(values.shape, np.nan)
+    if name == "vetta":
+        parameters = {"gamma": 0.95, "lam": 0.95, **parameters}  # its turn level, whose targets are wanted as well
+        returns[first, 1] = turn_ppo(table.turns, **parameters).streams["turn"].value
+    if name in TOKEN_ESTIMATORS:
+        found = TOKEN_ESTIMATORS[name](table, **parameters)
+        advantages, returns[:, 0] = found.advantages, found.returns
+    else:
+        credit = ESTIMATORS[name](table.turns, **parameters)
+        advantages, returns[first, 0] = broadcast(table, credit.advantages), credit.streams["turn"].value
+    if config.whiten or (config.whiten is None and name in TOKEN_ESTIMATORS):
+        advantages = whiten_tokens(table, advantages)
+    counts = np.bincount(table.turn)
+    target, value = returns[first, -1], values[first, -1]
+    stream = Stream(value=target, baseline=value, advantage=target - value)
+    return CriticCredit(
+        turns=Credit(advantages=np.bincount(table.turn, weights=advantages) / counts, streams={"value": stream}),
+        advantages=advantages,
+        returns=returns,
+        metrics=_value_metrics(values[:, 0], returns[:, 0]),
+    )
+
+
+def _value_metrics(values: np.ndarray, returns: np.ndarray) -> dict[str, float]:
+    """The mean value, and 1 − Var(returns − values) / Var(returns), where there are targets and they vary."""
+    there = ~np.isnan(returns)
+    values, returns = values[there], returns[there]
+    found = {"mean_value": float(values.mean())}
+    if returns.var() > 1e-12:
+        found["explained_variance"] = float(1 - (returns - values).var() / returns.var())
+    return found
 
 
 # --- what is logged ---------------------------------------------------------------------------------
@@ -409,29 +470,28 @@ def _reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return {**means, "return": sum(means.values())}
 
 
-def _credit_metrics(table: TurnTable, credit: Credit) -> dict[str, float]:
-    size = np.abs(credit.advantages)
+def _credit_metrics(credited: Credited) -> dict[str, float]:
+    table, size = credited.table, np.abs(credited.credit.advantages)
     live = np.bincount(table.group, weights=size)[np.unique(table.group)] > 1e-9
     found = {"dead_groups": float(1 - live.mean())}
     for k in range(min(8, int(table.index.max()) + 1)):
         found[f"abs_advantage/turn_{k + 1}"] = float(size[table.index == k].mean())
-    return found
+    return {**found, **credited.metrics}
 
 
 def _rollout_lines(
     step: int,
     by_id: dict[str, Task],
     rollouts: Sequence[Rollout],
-    table: TurnTable,
-    credit: Credit,
+    credited: Credited,
     config: TrainConfig,
 ) -> list[Record]:
     """The records of the step's first groups."""
-    lines = []
+    lines, credit = [], credited.credit
     for i, rollout in enumerate(rollouts):
         if rollout.group >= config.log_groups:
             continue
-        rows = table.rollout == i
+        rows = credited.table.rollout == i
         task = by_id[rollout.task_id]
         lines.append(
             {
@@ -448,9 +508,17 @@ def _rollout_lines(
                 "advantages": credit.advantages[rows].tolist(),
                 "baselines": {name: s.baseline[rows].tolist() for name, s in credit.streams.items()},
                 "loss_mask": [True] * len(rollout.turns),
+                **_by_token(credited.rows[i][1], config),
             }
         )
     return lines
+
+
+def _by_token(row: Row, config: TrainConfig) -> Record:
+    """The advantages of the sampled tokens, of a method that gives each its own."""
+    if config.estimator not in TOKEN_ESTIMATORS:
+        return {}
+    return {"token_advantages": [round(float(x), 5) for x in row.advantages[row.action]]}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,174 @@
+"""The update: a step's rows into the weights of the policy, and of the critic where there is one."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, weighted
+from turnwise.config import TrainConfig
+from turnwise.critic import Critic, token_values
+from turnwise.errors import RunError
+from turnwise.loss import Ratio, policy_loss, value_loss
+from turnwise.policy import Policy, token_logprobs, token_states
+from turnwise.rollout import rollout_seed
+
+MEANS = ("entropy", "clip_fraction", "policy_shift", "kl")
+"""What is reported as a mean over the computed tokens, by their weights."""
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[tuple[int, Row]],
+    config: TrainConfig,
+    step: int,
+    reference: Policy | None = None,
+    critic: Critic | None = None,
+) -> dict[str, float]:
+    """`passes` times `minibatches` optimiser steps over a step's rollouts; means of what they saw.
+
+    In the first `critic_warmup_steps` steps the critic learns alone.
+    """
+    groups = sorted({group for group, _ in rows})
+    learned = step - (config.critic_warmup_steps if critic else 0)  # steps in which the policy has learned
+    _set_rate(optimizer, config.learning_rate * _rise(learned, config.warmup_steps))
+    if critic:
+        _set_rate(critic.optimizer, config.critic_learning_rate * _rise(step, config.warmup_steps))
+    seen: list[dict[str, float]] = []
+    for repeat in range(config.passes):
+        order = np.random.default_rng(rollout_seed(config.seed, step, repeat)).permutation(len(groups))
+        for part in np.array_split(order, config.minibatches):
+            chosen = {groups[i] for i in part}
+            minibatch = [row for group, row in rows if group in chosen]
+            if minibatch:
+                seen.append(_optimise(policy, optimizer, minibatch, config, reference, critic, learned >= 0))
+    names = dict.fromkeys(name for s in seen for name in s)
+    return {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
+
+
+def _rise(step: int, steps: int) -> float:
+    """The share of the peak learning rate, rising over the first `steps`."""
+    return min(1.0, (step + 1) / max(1, steps))
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
+
+
+def _optimise(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    config: TrainConfig,
+    reference: Policy | None,
+    critic: Critic | None,
+    policy_learns: bool,
+) -> dict[str, float]:
+    """One optimiser step of each that learns.
+
+    Rows without any credit have no gradient; without a KL term and a critic, for which every row has value targets,
+    they are not computed. Entropy, clip fraction and shift are means over the computed rows, absent where there are
+    none.
+    """
+    rows = weighted(rows, config.aggregation, length=config.max_turns * config.max_turn_tokens)
+    live = distinct_rows(row for row in rows if reference or critic or np.any(row.advantages[row.loss]))
+    targets = _num_targets(rows) if critic else None
+    sums: dict[str, float] = {}
+    for batch in micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id):
+        states = token_states(policy.model, batch) if policy_learns else None
+        found = {} if states is None else _backward(policy, states, batch, config, reference)
+        if critic and targets is not None:
+            found |= _backward_values(critic, states, batch, targets, config)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value
+    found = {"live_rollouts": sum(row.count for row in live) / len(rows), "computed_rows": len(live) / len(rows)}
+    if critic:
+        found |= {name: sums.pop(name) for name in ("value_loss", "value_clip_fraction")}
+        found["value_grad_norm"] = _stepped(critic.optimizer, config.max_grad_norm, "critic-learning-rate")
+    if not policy_learns:
+        return found
+    weighed = sums.pop("weight", 0.0)
+    found |= {name: sums[name] / weighed for name in MEANS if name in sums}
+    norm = _stepped(optimizer, config.max_grad_norm, "learning-rate") if live else 0.0
+    return {"loss": sums.get("loss", 0.0), **found, "grad_norm": norm}
+
+
+def _num_targets(rows: Sequence[Row]) -> torch.Tensor:
+    """How many value targets each head has, (heads,)."""
+    counts = [np.sum(~np.isnan(row.returns), axis=0) for row in rows if row.returns is not None]
+    return torch.from_numpy(np.sum(counts, axis=0))
+
+
+def _stepped(optimizer: torch.optim.Optimizer, max_norm: float, option: str) -> float:
+    """One step along the clipped gradient, which is cleared; its norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    if not math.isfinite(norm):
+        raise RunError(
+            f"the gradient must be finite; its norm is {norm}; lower --{option}, and --resume from the "
+            "last checkpoint or start anew"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:
+    """Which ratio each token takes part in, (B, T): one number per turn, or per rollout."""
+    rows = torch.arange(batch.num_rows)[:, None].expand_as(batch.action)
+    if ratio == "sequence":
+        return rows
+    starts = batch.action & ~torch.nn.functional.pad(batch.action, (1, 0))[:, :-1]
+    return rows * batch.action.shape[1] + starts.cumsum(1)
+
+
+def _backward(
+    policy: Policy, states: torch.Tensor, batch: MicroBatch, config: TrainConfig, reference: Policy | None
+) -> dict[str, float]:
+    """Adds a micro-batch's gradient; its share of the step's sums."""
+    assert batch.weights is not None, "rows are weighed before they are packed"
+    where, temperature = batch.loss, config.temperature
+    logprobs, entropy = token_logprobs(policy.model, batch, where, temperature=temperature, states=states)
+    weights = (batch.counts[:, None] * batch.weights)[where]
+    ref_logprobs = None
+    if reference:
+        with torch.no_grad():
+            ref_logprobs, _ = token_logprobs(reference.model, batch, where, temperature=temperature)
+    segments = None if config.ratio == "token" else loss_segments(batch, config.ratio)[where]
+    parts = policy_loss(
+        logprobs,
+        batch.sampling_logprobs[where],
+        batch.advantages[where],
+        weights,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        ref_logprobs=ref_logprobs,
+        kl_coef=config.kl_coef,
+        segments=segments,
+    )
+    parts.loss.backward()
+    found = {
+        "loss": float(parts.loss.detach()),
+        "clip_fraction": float(parts.clipped),
+        "policy_shift": float(parts.shift),
+        "entropy": float((weights * entropy.detach()).sum()),
+        "weight": float(weights.sum()),
+    }
+    return {**found, "kl": float(parts.kl)} if reference else found
+
+
+def _backward_values(
+    critic: Critic, states: torch.Tensor | None, batch: MicroBatch, targets: torch.Tensor, config: TrainConfig
+) -> dict[str, float]:
+    """Adds a micro-batch's gradient of the value loss, a mean over all targets of the minibatch and over heads."""
+    assert batch.values is not None, "with a critic, rows have values"
+    assert batch.returns is not None, "with a critic, rows have value targets"
+    there = ~batch.returns.isnan()
+    weights = (batch.counts[:, None, None] / (targets * len(targets))).expand_as(there)[there]
+    values = token_values(critic, batch, states)[there]
+    parts = value_loss(values, batch.values[there], batch.returns[there], weights, clip=config.value_clip)
+    parts.loss.backward()
+    return {"value_loss": float(parts.loss.detach()), "value_clip_fraction": float(parts.clipped)}
