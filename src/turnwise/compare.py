@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turnwise.config import ATLAS, TrainConfig
-from turnwise.credit import ESTIMATORS
+from turnwise.config import ATLAS, TRAINABLE, TrainConfig
 from turnwise.errors import ConfigError, unknown_name
 
 METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
@@ -44,8 +43,8 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         for name in self.estimators:
-            if name not in ESTIMATORS:
-                raise unknown_name("estimators", name, ESTIMATORS)
+            if name not in TRAINABLE:
+                raise unknown_name("estimators", name, TRAINABLE)
         for name in ("seeds", "jobs", "eval_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1; got {getattr(self, name)}; give such a value")
@@ -203,6 +202,8 @@ class _Lines:
 
     def show(self, record: Mapping[str, Any]) -> None:
         step, metrics = record["step"], record["metrics"]
+        for warning in record.get("warnings", ()):
+            print(f"{self.config.estimator:8} seed {self.config.seed}  warning at step {step}: {warning}", flush=True)
         if record["split"] == "train" and step % 10 != 1 and step != self.config.steps:
             return
         print(

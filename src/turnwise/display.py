@@ -23,7 +23,7 @@ from turnwise.report.text import one_line, visible
 from turnwise.types import Message
 
 Record = Mapping[str, Any]
-"""A line of metrics.jsonl: step, split, wall_s, metrics."""
+"""A line of metrics.jsonl: step, split, wall_s, metrics, and warnings where there are any."""
 
 RATES = {
     "tool_execution": "tool execution",
@@ -33,8 +33,16 @@ RATES = {
     "clip_fraction": "clip fraction",
 }
 """Metrics that are shares of one, as the display calls them."""
-NUMBERS = {"return": "return", "entropy": "entropy", "kl": "KL", "tokens_per_s": "tokens/s"}
+NUMBERS = {
+    "return": "return",
+    "explained_variance": "explained variance",
+    "entropy": "entropy",
+    "kl": "KL",
+    "tokens_per_s": "tokens/s",
+}
 """The other metrics of the display."""
+SHOWN_WARNINGS = 3
+"""The panel keeps the last so many warnings in view."""
 TRENDS = ("tool_execution", "exact_match")
 """Metrics that are drawn over time."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -68,8 +76,10 @@ class LineDisplay:
         self.console = console
 
     def show(self, record: Record) -> None:
-        """Prints the record's line."""
+        """Prints the record's line, and its warnings below."""
         self.console.print(Text(record_line(record, self.total)), soft_wrap=True)
+        for warning in record_warnings(record):
+            self.console.print(Text(warning, style="yellow"), soft_wrap=True)
 
 
 class PanelDisplay:
@@ -108,6 +118,11 @@ def record_line(record: Record, total: int) -> str:
     return "  ".join([*parts, duration(record["wall_s"])])
 
 
+def record_warnings(record: Record) -> list[str]:
+    """What the run warns of at this step, a line each."""
+    return [f"warning at step {record['step']}: {one_line(said)}" for said in record.get("warnings", ())]
+
+
 def progress_panel(title: str, total: int, train: Sequence[Record], validation: Sequence[Record]) -> Panel:
     """A run on a few lines: how far it is, the present metrics, and two of them over time."""
     step = train[-1]["step"] if train else 0
@@ -123,6 +138,9 @@ def progress_panel(title: str, total: int, train: Sequence[Record], validation: 
         parts += [Text(), _metrics_table(train, validation)]
     if len(train) > 1:
         parts += [Text(), _trends(train)]
+    warnings = [warning for record in train for warning in record_warnings(record)]
+    if warnings:
+        parts += [Text(), *(Text(warning, style="yellow") for warning in warnings[-SHOWN_WARNINGS:])]
     hint = "Ctrl-C stops after the step under way and keeps a checkpoint"
     return Panel(Group(*parts), title=Text(one_line(title)), subtitle=Text(hint, style="dim"), expand=False)
 

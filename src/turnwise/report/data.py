@@ -33,6 +33,7 @@ class MetricLine:
     split: str
     wall_s: float | None
     metrics: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Run:
     """Those of the first, the middle and the last recorded step."""
     evaluations: tuple[Evaluation, ...] = ()
     notes: tuple[str, ...] = ()
-    """What was skipped or looks odd, one sentence each."""
+    """What was skipped, looks odd, or was warned of in training, one sentence each."""
 
     @property
     def name(self) -> str:
@@ -144,7 +145,11 @@ def load_run(path: str | Path) -> Run:
         lines=lines,
         rollouts=recorded,
         evaluations=evaluations,
-        notes=(*metrics.notes, *rollouts.notes),
+        notes=(
+            *metrics.notes,
+            *rollouts.notes,
+            *(f"Warning at step {line.step}: {said}." for line in lines for said in line.warnings),
+        ),
     )
 
 
@@ -214,6 +219,7 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
         split=_field(data, "split", str, place),
         wall_s=float(wall_s) if isinstance(wall_s, int | float) else None,
         metrics=metrics,
+        warnings=tuple(str(said) for said in data.get("warnings") or ()),
     )
     return line, dropped
 
