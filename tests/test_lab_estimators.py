@@ -7,8 +7,30 @@ import numpy as np
 import pytest
 
 from turnwise.cli import main
-from turnwise.credit import ESTIMATORS, Credit, TurnTable, dr_grpo, mt_grpo, reward_to_go, rloo, turn_rloo
-from turnwise.lab import PROBLEMS, group_gradient, logit_table, metrics, policy_gradient, turn_process
+from turnwise.credit import (
+    ESTIMATORS,
+    Credit,
+    TokenTable,
+    TurnTable,
+    dr_grpo,
+    mt_grpo,
+    mt_ppo,
+    mt_ppo_paid_at_end,
+    reward_to_go,
+    rloo,
+    turn_rloo,
+)
+from turnwise.lab import (
+    PROBLEMS,
+    all_rollouts,
+    group_gradient,
+    group_table,
+    logit_table,
+    metrics,
+    policy_gradient,
+    solve,
+    turn_process,
+)
 
 EXACT = 60_000
 """Groups that are enumerated at most: every problem's with two rollouts."""
@@ -96,6 +118,28 @@ def test_where_a_second_paid_turn_may_be_reached_or_not_even_its_means_are_biase
 @pytest.mark.parametrize("name", ["grpo-mr", "mt-grpo", "gtpo", "matchtir", "irc-hybrid", "gigpo", "hgpo", "gagpo"])
 def test_published_forms_that_normalise_are_biased_somewhere(name: str):
     assert max(bias(ESTIMATORS[name], problem) for problem in ("stop-or-go", "revisits")) > 0.01
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_with_exact_critics_mt_ppo_and_its_control_give_every_token_the_same(problem: str):
+    """At γ = λ = 1. What was paid before a token is in the control's return, and in its exact critic's value."""
+    process, logits = PROBLEMS[problem]()
+    solution, rollouts = solve(process, logits), all_rollouts(process, logits)
+    turns, _ = group_table(rollouts, np.arange(len(rollouts.probability))[:, None])
+    rewards = turns.turn_rewards["turn"]
+    paid = np.cumsum(rewards) - rewards
+    before = paid - np.repeat(paid[rollouts.first], rollouts.length)
+    token_value = solution.token_q - solution.token_advantage
+    chosen = [np.flatnonzero(process.through[s, a]) for s, a in zip(rollouts.state, rollouts.action, strict=True)]
+    to_come = np.concatenate([token_value[k, own] for k, own in zip(rollouts.index, chosen, strict=True)])
+    turn = np.repeat(np.arange(len(turns.rollout)), rollouts.tokens)
+    placed = mt_ppo(TokenTable(turns=turns, turn=turn, values=to_come)).advantages
+    late = mt_ppo_paid_at_end(TokenTable(turns=turns, turn=turn, values=to_come + before[turn])).advantages
+    np.testing.assert_allclose(placed, late, rtol=0, atol=1e-12)
+    assert np.abs(placed).max() > 0.1
+    if before.any():
+        naive = mt_ppo_paid_at_end(TokenTable(turns=turns, turn=turn, values=to_come)).advantages
+        assert np.abs(naive - placed).max() > 0.01, "the control's own critic must know what was paid before"
 
 
 def test_the_command_prints_the_map_and_writes_it(tmp_path: Path, capsys):

@@ -35,6 +35,7 @@ CHARTS: dict[str, tuple[str, str]] = {
     "return": ("Return", "Sum of all rewards of a rollout"),
     "entropy": ("Entropy", "Of the policy’s next token, in nats"),
     "kl": ("KL to the start", "How far the policy has moved, in nats per token"),
+    "explained_variance": ("Explained variance", "Share of the returns’ variance that the critic’s values explain"),
     "dead_groups": ("Dead groups", "Share of groups without any difference to learn from"),
 }
 """Title and explanation by metric, in reading order."""
