@@ -13,7 +13,13 @@ def record(estimator: str, seed: int, exact_match: float) -> dict:
     names = ("tool_execution", "answer_in_results", "xml_format", "f1")
     metrics = {name: {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10} for name in names}
     metrics["exact_match"] = {"mean": exact_match, "low": 0.0, "high": 1.0, "n": 10}
-    return {"estimator": estimator, "seed": seed, "steps": 2, "evaluations": {"held-out-greedy": metrics}}
+    return {
+        "arm": estimator,
+        "estimator": estimator,
+        "seed": seed,
+        "steps": 2,
+        "evaluations": {"held-out-greedy": metrics},
+    }
 
 
 def result() -> dict:
@@ -50,12 +56,41 @@ def test_results_name_data_files_without_their_folders(tmp_path: Path) -> None:
     data = json.loads(written.read_text())
     assert data["config"]["tasks"] == "questions.jsonl"
     assert "somewhere" not in written.read_text()
+    assert data["arms"]["mt-grpo"] == {"estimator": "mt-grpo"}
     assert written.with_suffix(".md").is_file()
 
 
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="mt-grpo"):
         compare.ReproduceConfig(estimators=("mt-grp",))
+
+
+def test_a_file_of_arms_names_the_options_of_each(tmp_path: Path) -> None:
+    file = tmp_path / "arms.toml"
+    file.write_text(
+        '[mt]\nestimator = "mt-grpo"\nalpha = 0.5\n'
+        '[paid]\nestimator = "grpo-mr"\nreward-weights = {exact_match = 2.0}\n'
+    )
+    arms = compare.read_arms(compare.ReproduceConfig(arms=file, train=TrainConfig(steps=7)))
+    assert [(a.estimator, a.alpha, a.steps) for a in arms.values()] == [("mt-grpo", 0.5, 7), ("grpo-mr", 1.0, 7)]
+    assert arms["paid"].reward_weights == {"exact_match": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must name methods"),
+        ("steps = 3", "table of training options"),
+        ('["../x"]\nsteps = 3', "table of training options"),
+        ('[mt]\nestimatr = "mt-grpo"', "estimator"),
+        ("[mt]\nsteps = 0", "steps must be"),
+    ],
+)
+def test_a_wrong_file_of_arms_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "arms.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compare.read_arms(compare.ReproduceConfig(arms=file))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turnwise.config import ATLAS, TRAINABLE, TrainConfig
-from turnwise.errors import ConfigError, unknown_name
+from turnwise.config import ATLAS, TrainConfig, config_from_dict, config_to_dict, read_config_file
+from turnwise.errors import ConfigError, InputError
 
 METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
 EVALUATED_ROWS = 96
@@ -31,7 +32,9 @@ class ReproduceConfig:
     runs: Path = Path("runs/reproduce")
     """Folder of the run directories; runs that are there are continued, finished ones are kept."""
     estimators: tuple[str, ...] = METHODS
-    """Methods to compare."""
+    """Methods to compare, each with its defaults."""
+    arms: Path | None = None
+    """A TOML file of methods to compare instead: a table of training options for each, named as the result calls it."""
     seeds: int = 5
     """Seeds 0 .. seeds-1, each used by every method."""
     jobs: int = 2
@@ -43,8 +46,7 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         for name in self.estimators:
-            if name not in TRAINABLE:
-                raise unknown_name("estimators", name, TRAINABLE)
+            dataclasses.replace(self.train, estimator=name)  # raises where it cannot be trained
         for name in ("seeds", "jobs", "eval_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1; got {getattr(self, name)}; give such a value")
@@ -57,31 +59,47 @@ def reproduce(config: ReproduceConfig) -> Path:
     """
     from turnwise.setting import make_setting
 
-    make_setting(config.train)  # bad input raises before any process starts
-    jobs = [
-        dataclasses.replace(
-            config.train,
-            estimator=estimator,
-            seed=seed,
-            threads=1,
-            out=config.runs / config.name / f"{estimator}-{seed}",
-        )
+    arms = read_arms(config)
+    for arm in arms.values():
+        make_setting(arm)  # bad input raises before any process starts
+    jobs = {
+        (name, seed): dataclasses.replace(arm, seed=seed, threads=1, out=config.runs / config.name / f"{name}-{seed}")
         for seed in range(config.seeds)
-        for estimator in config.estimators
-    ]
+        for name, arm in arms.items()
+    }
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    records: list[dict[str, Any]] = []
+    records: dict[tuple[str, int], dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_one_thread) as pool:
         started = pool.submit(_start_record, config)
-        running = [pool.submit(run_one, job, config.eval_size) for job in jobs]
+        running = {pool.submit(run_one, job, config.eval_size): key for key, job in jobs.items()}
         for done in as_completed(running):
-            records.append(done.result())
+            records[running[done]] = done.result()
         start = started.result()
-    for job in jobs:
+    for job in jobs.values():
         _write_evaluations(job.out, start["evaluations"], suffix="-start")
-    records.sort(key=lambda r: (config.estimators.index(r["estimator"]), r["seed"]))
-    return write_results(config, start, records)
+    ordered = [(name, seed) for name in arms for seed in range(config.seeds)]
+    return write_results(config, start, [{"arm": key[0], **records[key]} for key in ordered])
+
+
+def read_arms(config: ReproduceConfig) -> dict[str, TrainConfig]:
+    """What is compared, by name: the shared options with each arm's own."""
+    if config.arms is None:
+        return {name: dataclasses.replace(config.train, estimator=name) for name in config.estimators}
+    found = read_config_file(config.arms)
+    if not found:
+        raise InputError(f"{config.arms} must name methods to compare; it is empty; write a table for each")
+    shared = config_to_dict(config.train)
+    arms = {}
+    for name, options in found.items():
+        if not isinstance(options, dict) or not re.fullmatch(r"[\w.+-]+", name):
+            raise InputError(
+                f"{config.arms} must hold a table of training options for each method, named by letters, digits and "
+                f'-_.+; got {name!r} = {options!r}; write [mt-grpo] and below it estimator = "mt-grpo"'
+            )
+        own = {option.replace("-", "_"): value for option, value in options.items()}
+        arms[name] = config_from_dict({**shared, **own}, f"{config.arms}, [{name}]")
+    return arms
 
 
 def _one_thread() -> None:
@@ -235,7 +253,6 @@ def write_results(config: ReproduceConfig, start: Mapping[str, Any], records: Se
     import torch
 
     import turnwise
-    from turnwise.config import config_to_dict
     from turnwise.rundir import write_atomically
 
     shared = config_to_dict(config.train)
@@ -251,6 +268,7 @@ def write_results(config: ReproduceConfig, start: Mapping[str, Any], records: Se
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {config.jobs} runs at a time, one thread each",
         "date": time.strftime("%Y-%m-%d"),
         "config": shared,
+        "arms": {name: _own_options(arm, config.train) for name, arm in read_arms(config).items()},
         "start": start,
         "runs": list(records),
     }
@@ -259,6 +277,12 @@ def write_results(config: ReproduceConfig, start: Mapping[str, Any], records: Se
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     write_atomically(path.with_suffix(".md"), markdown(result))
     return path
+
+
+def _own_options(arm: TrainConfig, shared: TrainConfig) -> dict[str, Any]:
+    """The options in which an arm differs from what all runs share."""
+    common = config_to_dict(shared)
+    return {name: value for name, value in config_to_dict(arm).items() if value != common[name] or name == "estimator"}
 
 
 _COLUMNS = (
@@ -273,7 +297,7 @@ _COLUMNS = (
 def markdown(result: Mapping[str, Any]) -> str:
     """The result as Markdown tables: mean over seeds, and the range from the lowest to the highest seed."""
     runs = result["runs"]
-    methods = list(dict.fromkeys(r["estimator"] for r in runs))
+    methods = list(dict.fromkeys(r["arm"] for r in runs))
     lines = [f"# {result['name']}", ""]
     for name in result["start"]["evaluations"]:
         population, _, mode = name.rpartition("-")
@@ -284,7 +308,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [f"{start[key]['mean']:.3f}" for _, key in _COLUMNS]
         lines.append(f"| start | | {' | '.join(cells)} |")
         for method in methods:
-            chosen = [r["evaluations"][name] for r in runs if r["estimator"] == method]
+            chosen = [r["evaluations"][name] for r in runs if r["arm"] == method]
             cells = [_range([c[key]["mean"] for c in chosen]) for _, key in _COLUMNS]
             lines.append(f"| {method.upper()} | {len(chosen)} | {' | '.join(cells)} |")
         raw = result["start"]["raw_question_answer_in_results"].get(population)
