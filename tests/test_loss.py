@@ -128,3 +128,20 @@ def test_on_policy_turn_ratios_have_the_gradient_of_token_ratios():  # identity 
 def test_a_sequence_ratio_deletes_turn_credit():
     # the two turns' advantages cancel in the sum, which is all that the shared ratio lets through
     assert_close(gradient_at_one(torch.zeros(4, dtype=torch.int64)), torch.zeros(4))
+
+
+def test_a_turn_that_two_rollouts_share_weighs_as_much_as_each_of_their_own():
+    # Two rollouts of 2 shared and 2 own tokens: shares ½ ½ 1 1, which sum to 3, so 1/6 and 1/3, over 2 rollouts.
+    # Third rollout: 1 token, 1/3. Per turn: shared 2·2·(1/6)/3... each token of the shared turn 2 · 1/18 = 1/9.
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
+    share = torch.tensor([[0.5, 0.5, 1, 1], [0.5, 0.5, 1, 1], [1, 0, 0, 0]])
+    weights = rollout_mean_weights(mask, 3, share)
+    torch.testing.assert_close(weights[0], torch.tensor([1 / 18, 1 / 18, 1 / 9, 1 / 9]))
+    torch.testing.assert_close(weights[2], torch.tensor([1 / 3, 0, 0, 0]))
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
+
+
+def test_shares_of_one_change_nothing_and_a_row_without_trained_tokens_weighs_nothing():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    assert torch.equal(rollout_mean_weights(mask, 3, torch.ones(3, 3)), rollout_mean_weights(mask, 3))
+    assert not rollout_mean_weights(mask, 3, torch.zeros(3, 3)).any()

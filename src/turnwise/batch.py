@@ -40,6 +40,8 @@ class Row:
     """float32 (T,), nats; 0 where not sampled."""
     advantages: np.ndarray
     """float32 (T,); 0 where not sampled."""
+    share: np.ndarray
+    """float32 (T,): what each token's turn counts for, relative to the others; below 1 where rollouts share it."""
     count: int = 1
     """How many rollouts this row stands for."""
 
@@ -72,6 +74,7 @@ class MicroBatch:
     loss: torch.Tensor
     sampling_logprobs: torch.Tensor
     advantages: torch.Tensor
+    share: torch.Tensor
     counts: torch.Tensor
     """float32 (B,): how many rollouts each row stands for."""
 
@@ -80,11 +83,17 @@ class MicroBatch:
         return self.ids.shape[0]
 
 
-def rollout_row(rollout: Rollout, turn_advantages: Sequence[float], trained: Sequence[bool]) -> Row:
+def rollout_row(
+    rollout: Rollout,
+    turn_advantages: Sequence[float],
+    trained: Sequence[bool],
+    turn_shares: Sequence[float] | None = None,
+) -> Row:
     """A rollout as a row: each turn's advantage on the tokens sampled in that turn, zero elsewhere.
 
-    `trained` says for each turn whether it enters the loss.
+    `trained` says for each turn whether it enters the loss, `turn_shares` what it counts for there (None: 1 each).
     """
+    turn_shares = [1.0] * len(rollout.turns) if turn_shares is None else turn_shares
     if not len(turn_advantages) == len(trained) == len(rollout.turns):
         raise ValueError(
             f"one advantage and one loss flag per turn: rollout has {len(rollout.turns)} turns, "
@@ -95,13 +104,15 @@ def rollout_row(rollout: Rollout, turn_advantages: Sequence[float], trained: Seq
     loss: list[bool] = []
     logprobs: list[float] = []
     advantages: list[float] = []
-    for turn, advantage, in_loss in zip(rollout.turns, turn_advantages, trained, strict=True):
+    shares: list[float] = []
+    for turn, advantage, in_loss, share in zip(rollout.turns, turn_advantages, trained, turn_shares, strict=True):
         sampled, appended = len(turn.action_ids), len(turn.reply_ids)
         ids += [*turn.action_ids, *turn.reply_ids]
         action += [True] * sampled + [False] * appended
         loss += [in_loss] * sampled + [False] * appended
         logprobs += [*turn.sampling_logprobs, *[0.0] * appended]
         advantages += [float(advantage)] * sampled + [0.0] * appended
+        shares += [float(share)] * (sampled + appended)
     end = max((i + 1 for i, sampled in enumerate(action) if sampled), default=0)
     return Row(
         prompt_ids=rollout.prompt_ids,
@@ -110,6 +121,7 @@ def rollout_row(rollout: Rollout, turn_advantages: Sequence[float], trained: Seq
         loss=np.array(loss[:end], dtype=bool),
         sampling_logprobs=np.array(logprobs[:end], dtype=np.float32),
         advantages=np.array(advantages[:end], dtype=np.float32),
+        share=np.array(shares[:end], dtype=np.float32),
     )
 
 
@@ -120,7 +132,7 @@ def distinct_rows(rows: Iterable[Row]) -> list[Row]:
     """
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        key = (row.prompt_ids, row.ids, row.advantages.tobytes(), row.loss.tobytes())
+        key = (row.prompt_ids, row.ids, row.advantages.tobytes(), row.loss.tobytes(), row.share.tobytes())
         found.setdefault(key, []).append(row)
     return [replace(same[0], count=sum(row.count for row in same)) for same in found.values()]
 
@@ -241,6 +253,7 @@ def pack(rows: Sequence[Row], *, pad_id: int) -> MicroBatch:
         loss=_padded([row.loss for row in rows], False),
         sampling_logprobs=_padded([row.sampling_logprobs for row in rows], 0.0),
         advantages=_padded([row.advantages for row in rows], 0.0),
+        share=_padded([row.share for row in rows], 0.0),
         counts=torch.tensor([float(row.count) for row in rows]),
     )
 

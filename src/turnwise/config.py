@@ -16,7 +16,7 @@ EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
 RATIOS = ("token", "turn", "sequence")
 RECORDED = ("tokens", "anchor")
-"""The optional columns of the turn table that training fills."""
+"""The optional columns of the turn table that training fills; `node` too where rollouts branch."""
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
 
@@ -30,7 +30,7 @@ class TrainConfig:
     estimator: str = "mt-grpo"
     """How rewards become advantages: grpo-or, grpo-mr, mt-grpo, turn-rloo, ... (see docs/credit.md)."""
     alpha: float = 1.0
-    """mt-grpo: weight of later turns' advantages in earlier ones, in [0, 1]."""
+    """mt-grpo, mt-grpo-tree: weight of later turns' advantages in earlier ones, in [0, 1]."""
     gamma: float = 1.0
     """grpo-mr, turn-rloo: discount of rewards per turn, in (0, 1]. The others keep their papers' own."""
 
@@ -69,7 +69,11 @@ class TrainConfig:
     tasks_per_step: int = 16
     """Different questions in a step."""
     group_size: int = 16
-    """Rollouts of each question."""
+    """Rollouts of each question, where they do not branch."""
+    branches: tuple[int, ...] = ()
+    """Draw a tree per question instead: 4 2 draws four first turns and two second ones after each."""
+    token_budget: int | None = None
+    """End the run once it has sampled so many tokens in training rollouts, if `steps` do not end it before."""
     passes: int = 1
     """Optimisation passes over a step's rollouts."""
     minibatches: int = 4
@@ -105,14 +109,7 @@ class TrainConfig:
     """Threads of torch; 0 leaves its own choice."""
 
     def __post_init__(self) -> None:
-        trainable = [name for name in ESTIMATORS if set(NEEDS.get(name, ())) <= set(RECORDED)]
-        if self.estimator in ESTIMATORS and self.estimator not in trainable:
-            raise ConfigError(
-                f"estimator must need no more than training records; {self.estimator} needs "
-                f"{' and '.join(NEEDS[self.estimator])}; take another, or give a file with them to `turnwise credit`"
-            )
-        if self.estimator not in ESTIMATORS:
-            raise unknown_name("estimator", self.estimator, trainable)
+        _check_estimator(self.estimator, branching=bool(self.branches))
         for name, low, high in _RANGES:
             _check_number(name, getattr(self, name), low, high)
         _check_number("gamma", self.gamma, 0, 1)
@@ -128,6 +125,9 @@ class TrainConfig:
                 f"{self.estimator}: the ratio's gradient is the same for all tokens, so only the sum over turns would "
                 "count and turn credit be lost; take ratio 'turn'"
             )
+        _check_branches(self.branches, self.max_turns, self.ratio)
+        if self.token_budget is not None:
+            _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
         _check_weights(self.reward_weights)
         if self.minibatches > self.tasks_per_step:
             raise ConfigError(
@@ -136,9 +136,48 @@ class TrainConfig:
             )
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _check_estimator(name: str, *, branching: bool) -> None:
+    """Raises ConfigError for a name that is unknown, or a method that does not fit the rollouts that are drawn."""
+    needs = {known: set(NEEDS.get(known, ())) - set(RECORDED) for known in ESTIMATORS}
+    trainable = [known for known, others in needs.items() if others == ({"node"} if branching else set())]
+    if name not in ESTIMATORS:
+        raise unknown_name("estimator", name, trainable)
+    if name in trainable:
+        return
+    if needs[name] == {"node"}:
+        raise ConfigError(
+            f"estimator {name} must have rollouts that branch; branches is empty; give for example --branches 4 2"
+        )
+    if branching and not needs[name]:
+        raise ConfigError(
+            f"branches must go with an estimator that knows shared turns; {name} would compare leaves that share turns "
+            f"as if each were drawn alone; take one of {', '.join(trainable)}, or leave branches out"
+        )
+    raise ConfigError(
+        f"estimator must need no more than training records; {name} needs {' and '.join(NEEDS[name])}; take another, "
+        "or give a file with them to `turnwise credit`"
+    )
+
+
+def _check_branches(branches: Any, max_turns: int, ratio: str) -> None:
+    """Raises ConfigError for a tree that cannot be drawn, or whose shared turns a loss would count several times."""
+    if not isinstance(branches, tuple) or not all(type(n) is int and n >= 1 for n in branches):
+        raise ConfigError(f"branches must be whole numbers >= 1, one per turn; got {branches!r}; give for example 4 2")
+    if len(branches) > max_turns:
+        raise ConfigError(
+            f"branches must name at most max-turns ({max_turns}) turns; got {len(branches)}; name fewer, or raise "
+            "max-turns"
+        )
+    if branches and ratio == "sequence":
+        raise ConfigError(
+            "ratio 'sequence' must go with rollouts that share no turns; with branches each leaf's ratio would train "
+            "its shared turns again; take ratio 'turn' or 'token'"
+        )
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool | None = None) -> None:
     """Raises ConfigError for a value of another kind than the default's, or out of bounds."""
-    option, whole = name.replace("_", "-"), isinstance(getattr(TrainConfig, name), int)
+    option, whole = name.replace("_", "-"), isinstance(getattr(TrainConfig, name), int) if whole is None else whole
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         raise ConfigError(f"{option} must be a {'whole ' if whole else ''}number; got {value!r}; give one")
     if not (math.isfinite(value) and low <= value <= high):
@@ -196,8 +235,11 @@ def config_from_dict(data: Mapping[str, Any], source: str) -> TrainConfig:
     for name, value in data.items():
         if name not in fields:
             raise unknown_name(f"an option in {source}", name, fields)
-        is_path = fields[name].type in (Path, Path | None)
-        values[name] = Path(value) if is_path and value is not None else value
+        if fields[name].type in (Path, Path | None) and value is not None:
+            value = Path(value)
+        elif name == "branches" and isinstance(value, list):  # a tuple, before JSON or TOML
+            value = tuple(value)
+        values[name] = value
     try:
         return TrainConfig(**values)
     except TypeError as error:

@@ -91,11 +91,15 @@ def segment_ratio(shifts: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     return means.exp()[place]
 
 
-def rollout_mean_weights(loss_mask: torch.Tensor, num_rollouts: int) -> torch.Tensor:
+def rollout_mean_weights(loss_mask: torch.Tensor, num_rollouts: int, share: torch.Tensor | None = None) -> torch.Tensor:
     """Weights (B, T) for the mean over rollouts of each rollout's mean over its trained tokens.
 
-    GRPO's aggregation, arXiv 2402.03300. `num_rollouts` counts all rollouts of the step, so that micro-batches add up
-    to the step's loss.
+        w = share / (rollouts × sum of share over the rollout's trained tokens)
+
+    GRPO's aggregation, arXiv 2402.03300, where `share` is 1 (None). A `share` of one over the rollouts that hold a turn
+    makes a turn that several hold count once. `num_rollouts` counts all rollouts of the step, so that micro-batches
+    add up to the step's loss.
     """
-    counts = loss_mask.sum(1, keepdim=True).clamp(min=1)
-    return loss_mask / (counts * num_rollouts)
+    weights = loss_mask if share is None else loss_mask * share
+    total = weights.sum(1, keepdim=True)
+    return weights / (torch.where(total > 0, total, 1) * num_rollouts)
