@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from turnwise.chat import byte_chat
 from turnwise.config import TrainConfig
@@ -24,7 +25,7 @@ from turnwise.rundir import latest_checkpoint
 from turnwise.setting import make_setting
 from turnwise.tools import tool, tool_mapping
 from turnwise.traces import read_traces, traces_table
-from turnwise.training import rollout_table, train, training_rows
+from turnwise.training import rollout_table, train, training_rows, update
 from turnwise.types import Action, Message, Rollout, Task
 
 CHAT = byte_chat()
@@ -324,6 +325,28 @@ def test_the_tree_form_of_mt_grpo_is_the_chain_form_where_only_first_turns_have_
     np.testing.assert_allclose(credit.advantages, mt_grpo(chain).advantages, atol=1e-12)
     rows = training_rows(leaves, branched, credit)
     assert all((row.share == 1).all() for _, row in rows)
+
+
+def test_the_loss_counts_a_turn_that_leaves_share_once(atlas):
+    """At the sampling policy all ratios are 1: loss = − mean over leaves of Σₖ wₖ Tₖ Aₖ / Σₖ wₖ Tₖ, w = 1 / leaves."""
+    _, _, setting = atlas
+    policy = load_policy("embedded")
+    (leaves,) = draw((TrainConfig(), policy, setting), make_engine(policy), count=1, branches=(3, 3))
+    leaves = [r for r in leaves if r.stop != "error"]
+    below = Counter(node for leaf in leaves for node in leaf.nodes)
+    assert set(below.values()) == {1, 3}
+    table = rollout_table(leaves)
+    credit = mt_grpo_tree(table)
+    advantages = iter(credit.advantages)
+    expected = 0.0
+    for leaf in leaves:
+        weights = [len(t.action_ids) / below[node] for t, node in zip(leaf.turns, leaf.nodes, strict=True)]
+        expected -= sum(w * next(advantages) for w in weights) / sum(weights) / len(leaves)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
+    config = TrainConfig(estimator="mt-grpo-tree", branches=(3, 3), minibatches=1)
+    metrics = update(policy, optimizer, training_rows(leaves, table, credit), config, 0)
+    assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected) > 1e-3
 
 
 # ---- training ----

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.rewards import PAPER_WEIGHTS
+from turnwise.rollout import check_branches
 
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
@@ -109,9 +110,10 @@ class TrainConfig:
     """Threads of torch; 0 leaves its own choice."""
 
     def __post_init__(self) -> None:
-        _check_estimator(self.estimator, branching=bool(self.branches))
         for name, low, high in _RANGES:
             _check_number(name, getattr(self, name), low, high)
+        _check_tree(self.branches, self.max_turns, self.ratio)
+        _check_estimator(self.estimator, branching=bool(self.branches))
         _check_number("gamma", self.gamma, 0, 1)
         if not 0 < self.gamma <= 1:
             raise ConfigError(f"gamma must be in (0, 1]; got {self.gamma}; 1 does not discount")
@@ -125,7 +127,6 @@ class TrainConfig:
                 f"{self.estimator}: the ratio's gradient is the same for all tokens, so only the sum over turns would "
                 "count and turn credit be lost; take ratio 'turn'"
             )
-        _check_branches(self.branches, self.max_turns, self.ratio)
         if self.token_budget is not None:
             _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
         _check_weights(self.reward_weights)
@@ -159,16 +160,17 @@ def _check_estimator(name: str, *, branching: bool) -> None:
     )
 
 
-def _check_branches(branches: Any, max_turns: int, ratio: str) -> None:
+def _check_tree(branches: Any, max_turns: int, ratio: str) -> None:
     """Raises ConfigError for a tree that cannot be drawn, or whose shared turns a loss would count several times."""
-    if not isinstance(branches, tuple) or not all(type(n) is int and n >= 1 for n in branches):
-        raise ConfigError(f"branches must be whole numbers >= 1, one per turn; got {branches!r}; give for example 4 2")
+    if branches == ():
+        return
+    check_branches(branches)
     if len(branches) > max_turns:
         raise ConfigError(
             f"branches must name at most max-turns ({max_turns}) turns; got {len(branches)}; name fewer, or raise "
             "max-turns"
         )
-    if branches and ratio == "sequence":
+    if ratio == "sequence":
         raise ConfigError(
             "ratio 'sequence' must go with rollouts that share no turns; with branches each leaf's ratio would train "
             "its shared turns again; take ratio 'turn' or 'token'"

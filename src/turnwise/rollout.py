@@ -215,12 +215,12 @@ async def run_tree(
     return _numbered([(line.path, player.rollout(line)) for line in sorted(lines, key=lambda line: line.path)])
 
 
-def check_branches(branches: Sequence[int]) -> None:
-    """ConfigError unless `branches` has one whole number of at least 1 per turn."""
-    if not branches or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in branches):
+def check_branches(branches: Any) -> None:
+    """ConfigError unless `branches` has whole numbers of at least 1, and one of them at least."""
+    if not (isinstance(branches, list | tuple) and branches and all(type(n) is int and n >= 1 for n in branches)):
         raise ConfigError(
-            f"branches must be whole numbers >= 1, one per turn; got {list(branches)}; 4 2 draws four first turns and "
-            "two second ones after each"
+            f"branches must be whole numbers >= 1, one per turn; got {branches!r}; 4 2 draws four first turns and two "
+            "second ones after each"
         )
 
 
