@@ -47,12 +47,30 @@ def test_paths_weights_and_names_survive_json():
         ("reward_weights", {"exact_match": "1"}, "exact_match is '1'"),
         ("reward_weights", "exact_match", "must be a table"),
         ("exact_match", "squadd", "did you mean squad"),
+        ("branches", [4, 0], r"branches must be whole numbers >= 1, one per turn; got \(4, 0\)"),
+        ("branches", 4, "branches must be whole numbers >= 1"),
+        ("branches", [4, 2], "estimator that knows shared turns; mt-grpo would compare .* take one of mt-grpo-tree"),
+        ("estimator", "mt-grpo-tree", "mt-grpo-tree must have rollouts that branch; .* --branches 4 2"),
+        ("estimator", "vineppo", "vineppo needs values"),
+        ("token_budget", 0, "token-budget must be >= 1; got 0"),
+        ("token_budget", 1.5, "token-budget must be a whole number; got 1.5"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_name_and_value(option: str, value: object, message: str):
     with pytest.raises(ConfigError, match=message) as caught:
         config_from_dict({option: value}, "file")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tree_survives_json_and_fits_its_turns_and_ratio():
+    config = TrainConfig(estimator="treerl", branches=(4, 2), token_budget=1000)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config))), "x") == config
+    with pytest.raises(ConfigError, match=r"branches must name at most max-turns \(2\) turns; got 3"):
+        TrainConfig(estimator="carl", branches=(4, 2, 2))
+    with pytest.raises(ConfigError, match="ratio 'sequence' must go with rollouts that share no turns"):
+        TrainConfig(estimator="tree-grpo", branches=(4, 2), ratio="sequence")
+    with pytest.raises(ConfigError, match="vineppo needs values"):
+        TrainConfig(estimator="vineppo", branches=(4, 2))
 
 
 def test_an_unknown_option_names_its_file_and_the_nearest():

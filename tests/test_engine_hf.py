@@ -317,6 +317,111 @@ def test_a_changed_conversation_keeps_the_common_prefix_and_is_right():
     assert repeated.logprobs == pytest.approx(expected, abs=1e-4)
 
 
+# ---- forks ----
+
+
+def forked_turns(
+    engine: HFEngine,
+    *,
+    replies: Sequence[Sequence[int]],
+    evict: bool = False,
+    lead: bool = False,
+    temperature: float = 1.0,
+) -> list[tuple[list[int], Completion]]:
+    """A first turn, and one second turn per reply: the first in the same session, the others in forks of it.
+
+    With `lead` the first has its second turn before the others ask. With `evict` others take all rows in between.
+    """
+
+    async def second(k: int, prompt: list[int], session: object) -> tuple[list[int], Completion]:
+        sampling = Sampling(temperature=temperature, max_tokens=6, seed=50 + k)
+        return prompt, await engine.generate(prompt, sampling, session=session)
+
+    async def everything() -> list[tuple[list[int], Completion]]:
+        start = prompts(1, seed=4, low=12)[0]
+        first = await engine.generate(start, Sampling(temperature=temperature, max_tokens=6, seed=0), session="first")
+        asked = [[*start, *first.token_ids, *reply] for reply in replies]
+        for k in range(1, len(replies)):
+            engine.fork("first", k)
+        if evict:
+            others = [second(k, p, f"other {k}") for k, p in enumerate(prompts(engine.max_rows, seed=9))]
+            await asyncio.gather(*others)
+            assert "first" not in engine._row_of
+        done = [await second(0, asked[0], "first")] if lead else []
+        rest = [second(k, p, k or "first") for k, p in enumerate(asked) if k or not lead]
+        done += await asyncio.gather(*rest)
+        for session in ("first", *range(1, len(replies)), *(f"other {k}" for k in range(engine.max_rows))):
+            engine.release(session)
+        return done
+
+    return asyncio.run(asyncio.wait_for(everything(), 60))
+
+
+WAYS = {"at once": {}, "after the parent went on": {"lead": True}, "after the parent was evicted": {"evict": True}}
+REPLIES = {"alike": [[7, 8, 9]] * 4, "different": [[7, 8, 9], [7, 8], [7, 1, 2, 3], [4]]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("replies", REPLIES)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3 with a sliding layer"])
+def test_a_fork_draws_what_a_conversation_of_its_own_would(family: str, replies: str, way: str):
+    model = tiny(family)
+    for temperature in (0.0, 1.0):
+        engine = HFEngine(model, stop_ids={3}, max_context=64, max_rows=5)
+        turns = forked_turns(engine, replies=REPLIES[replies], temperature=temperature, **WAYS[way])
+        fresh = HFEngine(model, stop_ids={3}, max_context=64)
+        samplings = [Sampling(temperature=temperature, max_tokens=6, seed=50 + k) for k in range(len(turns))]
+        alone = [generate_all(fresh, [(p, s)])[0] for (p, _), s in zip(turns, samplings, strict=True)]
+        for (prompt, forked), own in zip(turns, alone, strict=True):
+            assert forked.token_ids == own.token_ids
+            assert forked.logprobs == pytest.approx(own.logprobs, abs=1e-9)
+            assert forked.logprobs == pytest.approx(full_logprobs(model, prompt, forked.token_ids), abs=1e-9)
+
+
+def test_a_fork_in_float32_agrees_with_a_full_forward_pass():
+    model = tiny(dtype=torch.float32)
+    for prompt, completion in forked_turns(HFEngine(model, stop_ids=(), max_context=64), replies=REPLIES["different"]):
+        assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-5)
+
+
+def test_forks_feed_only_what_their_parent_does_not_have():
+    start = len(prompts(1, seed=4, low=12)[0])
+
+    def fed(replies: list[list[int]], **way: bool) -> int:
+        engine = HFEngine(tiny(), stop_ids=(), max_context=64)
+        forked_turns(engine, replies=replies, **way)
+        return engine.stats.prefilled_tokens - start
+
+    # The sixth drawn token, which was never fed, and the reply: once for all.
+    assert fed([[7, 8, 9]] * 4) == 4
+    # After the parent went on they copy all but the prompt's last token, which the first of them feeds.
+    assert fed([[7, 8, 9]] * 4, lead=True) == 4 + 1
+    # Different replies: each its own and the drawn token, the rest is copied.
+    assert fed([[7, 8, 9], [7, 8], [5]]) == 4 + 3 + 2
+
+
+def test_a_fork_needs_a_new_session_and_leaves_nothing_behind():
+    engine = HFEngine(tiny(), stop_ids=(), max_context=64)
+
+    async def scene() -> None:
+        sampling = Sampling(max_tokens=2, seed=0)
+        await engine.generate([1, 2], sampling, session="a")
+        engine.fork("a", "b")
+        with pytest.raises(InputError, match="'b' is one already"):
+            engine.fork("a", "b")
+        with pytest.raises(InputError, match="'a' is one already"):
+            engine.fork("b", "a")
+        engine.release("b")
+        engine.fork("never seen", "c")
+        assert len((await engine.generate([1, 2], sampling, session="c")).token_ids) == 2
+        engine.release("a")
+        engine.release("c")
+
+    asyncio.run(scene())
+    assert not engine._parents
+    engine.refresh(1)
+
+
 # ---- rows ----
 
 

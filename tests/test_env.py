@@ -7,7 +7,7 @@ import pytest
 
 from turnwise.chat import byte_chat
 from turnwise.engine import Completion, Sampling, ScriptedEngine
-from turnwise.env import Step, ToolEnvironment
+from turnwise.env import Step, ToolEnvironment, forked
 from turnwise.errors import ConfigError, InputError, ToolError
 from turnwise.tags import system_prompt
 from turnwise.tools import tool, tool_mapping
@@ -116,6 +116,33 @@ def test_an_environment_plays_one_rollout():
         played(answer("Nairobi"), answer("Nairobi"))
 
 
+def test_a_copy_of_an_environment_goes_on_by_itself_with_the_same_tools():
+    async def scene() -> None:
+        env = ToolEnvironment(TASK, TOOLS, max_turns=2)
+        await env.step(call("Kenya"))
+        copy = forked(env)
+        assert (await env.step(answer("Nairobi"))).stop == "answer"
+        assert (await copy.step(call("Peru"))).stop == "max_turns"
+        assert copy._tools is env._tools
+
+    asyncio.run(scene())
+
+
+def test_an_environment_of_ones_own_is_copied_deeply_or_as_it_says():
+    class Plain:
+        def __init__(self) -> None:
+            self.seen = [1]
+
+    class Own(Plain):
+        def fork(self) -> str:
+            return "its own copy"
+
+    plain = Plain()
+    assert forked(plain).seen == [1]
+    assert forked(plain).seen is not plain.seen
+    assert forked(Own()) == "its own copy"
+
+
 def test_no_turn_at_all_is_refused():
     with pytest.raises(ConfigError, match="max_turns must be >= 1; got 0"):
         ToolEnvironment(TASK, TOOLS, max_turns=0)
@@ -160,6 +187,17 @@ def test_a_reply_is_cut_at_max_tokens():
     assert cut.finish == "length"
     assert byte_chat().decode(cut.token_ids) == "four"
     assert len(cut.token_ids) == len(cut.logprobs) == 4
+
+
+def test_a_fork_goes_on_in_the_script_where_its_parent_was():
+    engine = ScriptedEngine(["one", "two", "three"], byte_chat())
+    drawn(engine, "?", "a")
+    engine.fork("a", "b")
+    assert [text_of(drawn(engine, "?", s)) for s in "aabb"] == ["two", "three"] * 2
+    engine.fork("not begun", "c")
+    assert text_of(drawn(engine, "?", "c")) == "one"
+    with pytest.raises(InputError, match="'b' is one already"):
+        engine.fork("a", "b")
 
 
 def test_replies_by_question_follow_the_longest_question_in_the_first_prompt():

@@ -27,6 +27,7 @@ PUBLIC = [
     "open_index",
     "rollouts",
     "run_rollout",
+    "run_tree",
     "score",
     "search_tool",
     "tool",

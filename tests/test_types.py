@@ -1,5 +1,6 @@
 """Rollout records: facts in, the same facts out."""
 
+import dataclasses
 import json
 
 from hypothesis import given
@@ -62,3 +63,11 @@ def test_an_absent_reward_stays_absent():
     again = rollout_from_json(rollout().to_json())
     assert again.turn_rewards == ({"tool_execution": 0.2}, {})
     assert json.loads(rollout().to_json())["turn_rewards"][1] == {}
+
+
+def test_nodes_come_back_and_records_without_them_are_chains():
+    tree = dataclasses.replace(rollout(), nodes=(0, 4))
+    assert rollout_from_json(tree.to_json()) == tree
+    old = json.loads(rollout().to_json())
+    del old["nodes"]
+    assert rollout_from_json(json.dumps(old)) == rollout()

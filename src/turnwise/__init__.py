@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from turnwise.report import write_report as write_report
     from turnwise.rewards import score as score
     from turnwise.rollout import run_rollout as run_rollout
+    from turnwise.rollout import run_tree as run_tree
     from turnwise.search import open_index as open_index
     from turnwise.search import search_tool as search_tool
     from turnwise.tasks import load_tasks as load_tasks
@@ -51,6 +52,7 @@ _HOME = {
     "open_index": "search",
     "rollouts": "evaluation",
     "run_rollout": "rollout",
+    "run_tree": "rollout",
     "score": "rewards",
     "search_tool": "search",
     "tool": "tools",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.rewards import PAPER_WEIGHTS
+from turnwise.rollout import check_branches
 
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
@@ -20,7 +21,9 @@ RECORDED = ("tokens", "anchor")
 CRITIC_METHODS = (*TOKEN_ESTIMATORS, "turn-ppo", "step-ppo")
 """The estimators that training makes a critic for."""
 TRAINABLE = (*(name for name in ESTIMATORS if set(NEEDS.get(name, ())) <= set(RECORDED)), *CRITIC_METHODS)
-"""The estimators that training can use."""
+"""The estimators that training can use on rollouts that do not branch."""
+BRANCHING = tuple(name for name in ESTIMATORS if "node" in NEEDS.get(name, ()))
+"""Those for rollouts that branch."""
 DISCOUNTED = ("grpo-mr", "turn-rloo", *CRITIC_METHODS)
 """Those that take `gamma`."""
 CRITICS = ("own", "shared")
@@ -38,7 +41,7 @@ class TrainConfig:
     estimator: str = "mt-grpo"
     """How rewards become advantages: grpo-or, mt-grpo, turn-rloo, ppo-or, mt-ppo, turn-ppo, ... (docs/credit.md)."""
     alpha: float = 1.0
-    """mt-grpo: weight of later turns' advantages in earlier ones, in [0, 1]."""
+    """mt-grpo, mt-grpo-tree: weight of later turns' advantages in earlier ones, in [0, 1]."""
     gamma: float | None = None
     """Discount in (0, 1]; by default the method's own. Per token: ppo-or, ppo-mr, mt-ppo, mt-ppo-paid-at-end (1). Per
     turn: turn-ppo, step-ppo (.99), bi-level-gae, vetta (.95), grpo-mr, turn-rloo (1). The others keep their papers'."""
@@ -92,7 +95,11 @@ class TrainConfig:
     tasks_per_step: int = 16
     """Different questions in a step."""
     group_size: int = 16
-    """Rollouts of each question."""
+    """Rollouts of each question, where they do not branch."""
+    branches: tuple[int, ...] = ()
+    """Draw a tree per question instead: 4 2 draws four first turns and two second ones after each."""
+    token_budget: int | None = None
+    """End the run once it has sampled so many tokens in training rollouts, if `steps` do not end it before."""
     passes: int = 1
     """Optimisation passes over a step's rollouts."""
     minibatches: int = 4
@@ -131,15 +138,10 @@ class TrainConfig:
     """Threads of torch; 0 leaves its own choice."""
 
     def __post_init__(self) -> None:
-        if self.estimator in ESTIMATORS and self.estimator not in TRAINABLE:
-            raise ConfigError(
-                f"estimator must need no more than training records; {self.estimator} needs "
-                f"{' and '.join(NEEDS[self.estimator])}; take another, or give a file with them to `turnwise credit`"
-            )
-        if self.estimator not in TRAINABLE:
-            raise unknown_name("estimator", self.estimator, TRAINABLE)
         for name, low, high in _RANGES:
             _check_number(name, getattr(self, name), low, high)
+        _check_tree(self.branches, self.max_turns, self.ratio)
+        _check_estimator(self.estimator, branching=bool(self.branches))
         self._check_critic()
         for option, value, known in (("aggregation", self.aggregation, AGGREGATIONS), ("critic", self.critic, CRITICS)):
             if value not in known:
@@ -154,6 +156,8 @@ class TrainConfig:
                 f"{self.estimator}: the ratio's gradient is the same for all tokens, so only the sum over turns would "
                 "count and turn credit be lost; take ratio 'turn'"
             )
+        if self.token_budget is not None:
+            _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
         _check_weights(self.reward_weights)
         if self.minibatches > self.tasks_per_step:
             raise ConfigError(
@@ -180,9 +184,48 @@ class TrainConfig:
                     )
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _check_estimator(name: str, *, branching: bool) -> None:
+    """Raises ConfigError for a name that is unknown, or a method that does not fit the rollouts that are drawn."""
+    fitting = BRANCHING if branching else TRAINABLE
+    if name in fitting:
+        return
+    if name in BRANCHING:
+        raise ConfigError(
+            f"estimator {name} must have rollouts that branch; branches is empty; give for example --branches 4 2"
+        )
+    if name in TRAINABLE:
+        raise ConfigError(
+            f"branches must go with an estimator that knows shared turns; {name} would compare leaves that share turns "
+            f"as if each were drawn alone; take one of {', '.join(BRANCHING)}, or leave branches out"
+        )
+    if name in ESTIMATORS:
+        raise ConfigError(
+            f"estimator must need no more than training records; {name} needs {' and '.join(NEEDS[name])}; take "
+            "another, or give a file with them to `turnwise credit`"
+        )
+    raise unknown_name("estimator", name, fitting)
+
+
+def _check_tree(branches: Any, max_turns: int, ratio: str) -> None:
+    """Raises ConfigError for a tree that cannot be drawn, or whose shared turns a loss would count several times."""
+    if branches == ():
+        return
+    check_branches(branches)
+    if len(branches) > max_turns:
+        raise ConfigError(
+            f"branches must name at most max-turns ({max_turns}) turns; got {len(branches)}; name fewer, or raise "
+            "max-turns"
+        )
+    if ratio == "sequence":
+        raise ConfigError(
+            "ratio 'sequence' must go with rollouts that share no turns; with branches each leaf's ratio would train "
+            "its shared turns again; take ratio 'turn' or 'token'"
+        )
+
+
+def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool | None = None) -> None:
     """Raises ConfigError for a value of another kind than the default's, or out of bounds."""
-    option, whole = name.replace("_", "-"), isinstance(getattr(TrainConfig, name), int)
+    option, whole = name.replace("_", "-"), isinstance(getattr(TrainConfig, name), int) if whole is None else whole
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         raise ConfigError(f"{option} must be a {'whole ' if whole else ''}number; got {value!r}; give one")
     if not (math.isfinite(value) and low <= value <= high):
@@ -243,8 +286,11 @@ def config_from_dict(data: Mapping[str, Any], source: str) -> TrainConfig:
     for name, value in data.items():
         if name not in fields:
             raise unknown_name(f"an option in {source}", name, fields)
-        is_path = fields[name].type in (Path, Path | None)
-        values[name] = Path(value) if is_path and value is not None else value
+        if fields[name].type in (Path, Path | None) and value is not None:
+            value = Path(value)
+        elif name == "branches" and isinstance(value, list):  # a tuple, before JSON or TOML
+            value = tuple(value)
+        values[name] = value
     try:
         return TrainConfig(**values)
     except TypeError as error:

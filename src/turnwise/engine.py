@@ -63,6 +63,24 @@ class Engine(Protocol):
         ...
 
 
+class ForkingEngine(Engine, Protocol):
+    """An engine whose conversations can branch, as `run_tree` needs it."""
+
+    def fork(self, session: Hashable, into: Hashable) -> None:
+        """The new session `into` begins as a copy of `session`; each goes on by itself, and each is released.
+
+        What `into` draws is what it would have drawn as a conversation of its own. Copying what is kept for `session`
+        only saves work: where nothing is kept any more, `into` is fed from its beginning. Raises InputError where
+        `into` is a session already.
+        """
+        ...
+
+
+def fork_onto_session(into: Hashable) -> InputError:
+    """The error of a fork whose name is taken."""
+    return InputError(f"a fork must be a new session; {into!r} is one already; give it a name of its own")
+
+
 class Codec(Protocol):
     """Text to token ids and back; the part of a chat format that a scripted engine needs."""
 
@@ -108,6 +126,13 @@ class ScriptedEngine:
         kept = ids[: sampling.max_tokens]
         finish = "stop" if len(kept) == len(ids) else "length"
         return Completion(token_ids=kept, logprobs=(0.0,) * len(kept), finish=finish)
+
+    def fork(self, session: Hashable, into: Hashable) -> None:
+        """`into` goes on in the script where `session` is now."""
+        if into in self._calls:
+            raise fork_onto_session(into)
+        if session in self._calls:
+            self._scripts[into], self._calls[into] = self._scripts[session], self._calls[session]
 
     def release(self, session: Hashable) -> None:
         """Forget the session: its next call gets the first reply again."""

@@ -1,5 +1,6 @@
 """The environment of one rollout: it speaks first, reads the policy's messages and answers them."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,7 +25,11 @@ class Step:
 
 
 class Environment(Protocol):
-    """One task, played once, in messages; tokens are none of its business."""
+    """One task, played once, in messages; tokens are none of its business.
+
+    Where rollouts branch, an environment is copied between two steps: by its method `fork() -> Environment` where it
+    has one, else by `copy.deepcopy`. What one copy does afterwards must not show in another.
+    """
 
     def start(self) -> tuple[Message, ...]:
         """The messages that the policy sees before its first turn."""
@@ -33,6 +38,12 @@ class Environment(Protocol):
     async def step(self, text: str) -> Step:
         """The environment's reaction to the policy's next message."""
         ...
+
+
+def forked(environment: Environment) -> Environment:
+    """A copy of an environment as it stands, which goes on by itself."""
+    fork = getattr(environment, "fork", None)
+    return copy.deepcopy(environment) if fork is None else fork()
 
 
 class ToolEnvironment:
@@ -73,6 +84,10 @@ class ToolEnvironment:
             result=result,
             reply=(Message(role="user", content=result_text(result)),),
         )
+
+    def fork(self) -> "ToolEnvironment":
+        """A copy with its own state and the same tools: what a tool itself remembers, all copies see."""
+        return copy.deepcopy(self, {id(shared): shared for shared in (self._task, self._tools)})
 
     async def _result(self, action: Action) -> ToolResult:
         if action.error or not action.tool_call:

@@ -6,16 +6,16 @@ once, when it arrives, and appended.
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 
 from turnwise.chat import Chat
-from turnwise.engine import Completion, Engine, Sampling
-from turnwise.env import Environment, Step
-from turnwise.errors import InputError
+from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
+from turnwise.env import Environment, Step, forked
+from turnwise.errors import ConfigError, InputError
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
 T = TypeVar("T")
@@ -44,6 +44,102 @@ def rollout_seed(*parts: int) -> int:
     return int(np.random.SeedSequence([len(parts), *parts]).generate_state(1, np.uint64)[0])
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Line:
+    """A conversation under way, in a session of the engine."""
+
+    environment: Environment
+    prompt: tuple[int, ...]
+    seed: int
+    turns: list[Turn] = dataclasses.field(default_factory=list)
+    path: tuple[int, ...] = ()
+    """Which child of the state before it each turn is."""
+    session: object = dataclasses.field(default_factory=object)
+    stop: Stop | None = None
+    error: str | None = None
+
+    def ids(self) -> list[int]:
+        """The whole conversation."""
+        return [*self.prompt, *(i for turn in self.turns for i in (*turn.action_ids, *turn.reply_ids))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Player:
+    """What all lines of one task have in common."""
+
+    task: Task
+    engine: Engine
+    chat: Chat
+    limits: Limits
+    temperature: float
+    group: int
+
+    def line(self, environment: Environment, seed: int) -> _Line:
+        """The line of an environment that starts. Raises InputError where its prompt leaves no room for one turn."""
+        try:
+            prompt = tuple(self.chat.prompt_ids(environment.start()))
+        except Exception as failure:  # whatever a user's environment raises is a fact about this rollout
+            return _Line(environment=environment, prompt=(), seed=seed, stop="error", error=_described(failure))
+        if len(prompt) + self.limits.max_turn_tokens > self.limits.context:
+            raise InputError(
+                f"the prompt of task {self.task.id!r} must leave room for a turn of {self.limits.max_turn_tokens} "
+                f"tokens in a context of {self.limits.context}; it has {len(prompt)} tokens; shorten it, or lower "
+                "max_turn_tokens"
+            )
+        return _Line(environment=environment, prompt=prompt, seed=seed)
+
+    async def play(self, line: _Line, at_state: Callable[[_Line], None] = lambda line: None) -> None:
+        """Plays a line to its end. `at_state` is called whenever the policy is about to go on after a turn."""
+        try:
+            while line.stop is None:
+                await self._turn(line)
+                line.path = (*line.path, 0)[: len(line.turns)]
+                if line.stop is None:
+                    at_state(line)
+        finally:
+            self.engine.release(line.session)
+
+    async def _turn(self, line: _Line) -> None:
+        """Draws the line's next turn and lets its environment answer."""
+        ids, limits = line.ids(), self.limits
+        sampling = Sampling(
+            temperature=self.temperature,
+            max_tokens=limits.max_turn_tokens,
+            seed=rollout_seed(line.seed, len(line.turns)),
+        )
+        completion = await self.engine.generate(ids, sampling, session=line.session)
+        text = self.chat.decode(completion.token_ids)
+        step, reply = Step(action=Action()), []
+        if completion.finish == "length":
+            line.stop = "max_tokens"
+        else:
+            try:
+                step = await line.environment.step(text)
+                line.stop = step.stop
+            except Exception as failure:
+                line.stop, line.error = "error", _described(failure)
+        if line.stop is None:
+            used = len(ids) + len(completion.token_ids)
+            room = limits.context - used - _reserved(self.chat, limits, len(line.turns) + 1)
+            reply = self.chat.reply_ids(step.reply, max_ids=room)
+            if len(reply) > room:
+                line.stop, reply = "max_tokens", []
+        line.turns.append(_turn(completion, text, step, reply))
+
+    def rollout(self, line: _Line) -> Rollout:
+        """The record of a line that has ended."""
+        assert line.stop is not None
+        return Rollout(
+            task_id=self.task.id,
+            group=self.group,
+            prompt_ids=line.prompt,
+            turns=tuple(line.turns),
+            stop=line.stop,
+            error=line.error,
+            policy_version=self.engine.policy_version,
+        )
+
+
 async def run_rollout(
     task: Task,
     environment: Environment,
@@ -61,67 +157,107 @@ async def run_rollout(
     failure of the engine is raised. Every granted turn has room for `max_turn_tokens`: a reply that would take it is
     cut. Raises InputError where the prompt leaves no room for one turn.
     """
-    session = object()
+    player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
+    line = player.line(environment, seed)
+    await player.play(line)
+    return player.rollout(line)
+
+
+async def run_tree(
+    task: Task,
+    environment: Environment,
+    engine: ForkingEngine,
+    chat: Chat,
+    *,
+    branches: Sequence[int],
+    limits: Limits,
+    temperature: float = 1.0,
+    seed: Sequence[int] = (0,),
+    group: int = 0,
+) -> list[Rollout]:
+    """One task played as a tree: `branches[k]` turns are drawn in every state that k turns lead to, one beyond that.
+
+    A leaf is a rollout. A turn that several share is drawn and answered once; their `nodes` name it alike. Nodes are
+    numbered from 0 in the order of the rollouts, which is depth first. The environment starts once and is copied (see
+    `Environment`) where the tree branches; a copy that fails is a rollout of its own, with stop `error` and the turns
+    up to there. Other failures are as in `run_rollout`: one branch's leave the rest alone.
+
+    Every draw is a function of `seed` and of the path to it. The first child continues its parent's stream, so a tree
+    with `branches` (G,) has the very rollouts of a group of G chains.
+    """
+    check_branches(branches)
+    player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
+    trunk = player.line(environment, rollout_seed(*seed, 0))
+    lines = [trunk]
+
+    def branch_off(line: _Line) -> None:
+        """Starts the siblings of the turn that the line is about to take."""
+        depth = len(line.turns)
+        above = (line.seed, depth) if depth else tuple(seed)
+        for child in range(1, branches[depth] if depth < len(branches) else 1):
+            sibling = _sibling(line, rollout_seed(*above, child), child)
+            lines.append(sibling)
+            if sibling.stop is None:
+                if depth:
+                    engine.fork(line.session, sibling.session)
+                running.create_task(player.play(sibling, branch_off))
+
     try:
-        prompt = tuple(chat.prompt_ids(environment.start()))
-    except Exception as failure:  # whatever a user's environment raises is a fact about this rollout
-        return Rollout(
-            task_id=task.id,
-            group=group,
-            prompt_ids=(),
-            turns=(),
-            stop="error",
-            error=_described(failure),
-            policy_version=engine.policy_version,
-        )
-    if len(prompt) + limits.max_turn_tokens > limits.context:
-        raise InputError(
-            f"the prompt of task {task.id!r} must leave room for a turn of {limits.max_turn_tokens} tokens in a "
-            f"context of {limits.context}; it has {len(prompt)} tokens; shorten it, or lower max_turn_tokens"
-        )
-    ids = list(prompt)
-    turns: list[Turn] = []
-    stop: Stop | None = None
-    error: str | None = None
-    try:
-        while stop is None:
-            sampling = Sampling(
-                temperature=temperature,
-                max_tokens=limits.max_turn_tokens,
-                seed=rollout_seed(seed, len(turns)),
-            )
-            completion = await engine.generate(ids, sampling, session=session)
-            text = chat.decode(completion.token_ids)
-            if completion.finish == "length":
-                turns.append(_turn(completion, text, Step(action=Action())))
-                stop = "max_tokens"
-                break
-            try:
-                step = await environment.step(text)
-            except Exception as failure:
-                turns.append(_turn(completion, text, Step(action=Action())))
-                stop, error = "error", _described(failure)
-                break
-            reply: list[int] = []
-            stop = step.stop
-            if stop is None:
-                used = len(ids) + len(completion.token_ids)
-                room = limits.context - used - _reserved(chat, limits, len(turns) + 1)
-                reply = chat.reply_ids(step.reply, max_ids=room)
-                stop = "max_tokens" if len(reply) > room else None
-            turns.append(_turn(completion, text, step, reply if stop is None else []))
-            ids += [*completion.token_ids, *reply]
+        async with asyncio.TaskGroup() as running:
+            if trunk.stop is None:
+                running.create_task(player.play(trunk, branch_off))
+                branch_off(trunk)
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
     finally:
-        engine.release(session)
-    return Rollout(
-        task_id=task.id,
-        group=group,
-        prompt_ids=prompt,
-        turns=tuple(turns),
-        stop=stop,
-        error=error,
-        policy_version=engine.policy_version,
+        for line in lines:  # a fork whose task never began still holds its session
+            engine.release(line.session)
+    return _numbered([(line.path, player.rollout(line)) for line in sorted(lines, key=lambda line: line.path)])
+
+
+def check_branches(branches: Any) -> None:
+    """ConfigError unless `branches` has whole numbers of at least 1, and one of them at least."""
+    if not (isinstance(branches, list | tuple) and branches and all(type(n) is int and n >= 1 for n in branches)):
+        raise ConfigError(
+            f"branches must be whole numbers >= 1, one per turn; got {branches!r}; 4 2 draws four first turns and two "
+            "second ones after each"
+        )
+
+
+def _sibling(line: _Line, seed: int, child: int) -> _Line:
+    """A line that leaves `line` where it stands, as child number `child` of that state."""
+    new = dataclasses.replace(
+        line, seed=seed, turns=list(line.turns), path=(*line.path, child), session=object(), stop=None
     )
+    try:
+        new.environment = forked(line.environment)
+    except Exception as failure:
+        new.stop, new.error = "error", f"a copy of the environment failed: {_described(failure)}"
+    return new
+
+
+def _numbered(leaves: Sequence[tuple[tuple[int, ...], Rollout]]) -> list[Rollout]:
+    """The rollouts with their nodes, which are the beginnings of their paths."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [
+        dataclasses.replace(
+            rollout,
+            nodes=tuple(numbers.setdefault(path[: k + 1], len(numbers)) for k in range(len(rollout.turns))),
+        )
+        for path, rollout in leaves
+    ]
+
+
+def sampled_tokens(rollouts: Iterable[Rollout]) -> int:
+    """How many tokens the policy sampled in the rollouts of a step, those of shared turns once."""
+    count, seen = 0, set()
+    for rollout in rollouts:
+        for k, turn in enumerate(rollout.turns):
+            node = (rollout.group, rollout.nodes[k]) if rollout.nodes else None
+            if node is None or node not in seen:
+                count += len(turn.action_ids)
+            seen.add(node)
+    return count
 
 
 def _reserved(chat: Chat, limits: Limits, turns: int) -> int:
@@ -183,10 +319,45 @@ async def run_groups(
         for group, task in enumerate(tasks)
         for member in range(group_size)
     ]
+    done = await _together(jobs)
+    return [done[i : i + group_size] for i in range(0, len(done), group_size)]
+
+
+async def run_trees(
+    tasks: Sequence[Task],
+    make_environment: MakeEnvironment,
+    engine: ForkingEngine,
+    chat: Chat,
+    *,
+    branches: Sequence[int],
+    limits: Limits,
+    temperature: float = 1.0,
+    seed: Sequence[int] = (0,),
+) -> list[list[Rollout]]:
+    """One tree of every task, all at once; the leaves of each, as `run_tree` gives them."""
+    return await _together(
+        [
+            run_tree(
+                task,
+                make_environment(task),
+                engine,
+                chat,
+                branches=branches,
+                limits=limits,
+                temperature=temperature,
+                seed=(*seed, group),
+                group=group,
+            )
+            for group, task in enumerate(tasks)
+        ]
+    )
+
+
+async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of jobs that run at once; the first failure ends all of them and is raised as itself."""
     try:
         async with asyncio.TaskGroup() as running:
             started = [running.create_task(job) for job in jobs]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
-    done = [task.result() for task in started]
-    return [done[i : i + group_size] for i in range(0, len(done), group_size)]
+    return [task.result() for task in started]

@@ -138,6 +138,7 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
     try:
         rollout = record["rollout"]
         seen = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
+        nodes = rollout.get("nodes") or [None] * len(seen)
         return Trace(
             id=f"{rollout['task_id']} #{place.rpartition(':')[2]}",
             group=(record["step"], rollout["group"]),
@@ -147,8 +148,11 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
                     text=turn["text"],
                     tokens=len(turn["action_ids"]),
                     anchor=tuple(observed),  # equal observations are taken for equal states
+                    node=node,
                 )
-                for turn, rewards, observed in zip(rollout["turns"], rollout["turn_rewards"], seen, strict=True)
+                for turn, rewards, observed, node in zip(
+                    rollout["turns"], rollout["turn_rewards"], seen, nodes, strict=True
+                )
             ),
             outcome=_rewards(rollout["outcome_rewards"], place),
         )

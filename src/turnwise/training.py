@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -25,13 +26,14 @@ from turnwise.credit import (
     TokenTable,
     TurnTable,
     broadcast,
+    share_weights,
     token_table,
     turn_ppo,
     turn_table,
     whiten_tokens,
 )
 from turnwise.critic import Critic, make_critic, step_values
-from turnwise.errors import RunError
+from turnwise.errors import InputError, RunError
 from turnwise.evaluation import (
     check_prompts,
     make_engine,
@@ -42,7 +44,7 @@ from turnwise.evaluation import (
 )
 from turnwise.learning import update
 from turnwise.policy import load_policy
-from turnwise.rollout import awaited, run_groups
+from turnwise.rollout import awaited, run_groups, run_trees, sampled_tokens
 from turnwise.rundir import (
     append_lines,
     create_run,
@@ -136,6 +138,7 @@ class _Run:
         self.validation: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
+        self.sampled_tokens = 0
         self.engine = make_engine(self.policy)
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -174,6 +177,7 @@ class _Run:
         self.engine = make_engine(self.policy)
         self.step, self.best, self.wall_s = state["step"], state["best"], state["wall_s"]
         self.validation = state["validation"]
+        self.sampled_tokens = state.get("sampled_tokens", 0)  # earlier checkpoints have no count, and no budget
         self.saved_step = self.step
         self.engine.refresh(self.step)
         self._cut_logs(after_step=self.step)
@@ -189,12 +193,12 @@ class _Run:
         started = time.perf_counter() - self.wall_s
         if self.step == 0:
             self._validate(display)
-        while self.step < self.config.steps and not interrupted():
+        while not self._is_over() and not interrupted():
             record, rollout_lines = self._train_step()
             self.step += 1
             self.wall_s = time.perf_counter() - started
             self._log(record, display, rollout_lines)
-            if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+            if self.step % self.config.validate_every == 0 or self._is_over():
                 self._validate(display)
             if self.step % self.config.checkpoint_every == 0:
                 self._checkpoint()
@@ -202,20 +206,26 @@ class _Run:
         return TrainResult(
             out=self.config.out,
             steps=self.step,
-            finished=self.step >= self.config.steps,
+            finished=self._is_over(),
             validation=self.validation,
         )
+
+    def _is_over(self) -> bool:
+        """Whether the steps are done or the budget of sampled tokens is spent."""
+        budget = self.config.token_budget
+        return self.step >= self.config.steps or (budget is not None and self.sampled_tokens >= budget)
 
     def _train_step(self) -> tuple[dict[str, float], list[Record]]:
         config, start = self.config, time.perf_counter()
         tasks = step_tasks(self.setting.train, config, self.step)
+        in_groups = partial(run_groups, group_size=config.group_size)
+        drawn = partial(run_trees, branches=config.branches) if config.branches else in_groups
         groups = awaited(
-            run_groups(
+            drawn(
                 tasks,
                 self.setting.environment,
                 self.engine,
                 self.policy.chat,
-                group_size=config.group_size,
                 limits=self.limits,
                 temperature=config.temperature,
                 seed=(config.seed, self.step),
@@ -233,6 +243,7 @@ class _Run:
         self.engine.refresh(self.step + 1)
         ended = time.perf_counter()
         tokens = sum(r.num_tokens for r in kept)
+        self.sampled_tokens += sampled_tokens(rollouts)
         by_id = {task.id: task for task in tasks}
         metrics = {
             **mean_metrics([(by_id[r.task_id], r) for r in rollouts]),
@@ -242,6 +253,7 @@ class _Run:
             "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in kept])),
             "failed_rollouts": (len(rollouts) - len(kept)) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in kept])),
+            "sampled_tokens": float(self.sampled_tokens),
             "tokens_per_s": tokens / (ended - start),
             "rollout_s": rolled - start,
             "update_s": ended - rolled,
@@ -280,7 +292,12 @@ class _Run:
         if self.step == self.saved_step:
             return
         self.saved_step = self.step
-        state = {"best": self.best, "wall_s": self.wall_s, "validation": self.validation}
+        state = {
+            "best": self.best,
+            "wall_s": self.wall_s,
+            "validation": self.validation,
+            "sampled_tokens": self.sampled_tokens,
+        }
         save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state, self.critic)
 
 
@@ -301,7 +318,7 @@ def step_tasks(tasks: Sequence[Task], config: TrainConfig, step: int) -> list[Ta
 
 
 def rollout_table(rollouts: Sequence[Rollout]) -> TurnTable:
-    """The turn table of scored rollouts, with token counts and anchors.
+    """The turn table of scored rollouts, with token counts and anchors, and with nodes where they are leaves of trees.
 
     A turn's anchor is what the environment said last before it: equal observations are taken for equal states.
     """
@@ -311,13 +328,18 @@ def rollout_table(rollouts: Sequence[Rollout]) -> TurnTable:
         [r.outcome_rewards for r in rollouts],
         tokens=[[len(turn.action_ids) for turn in r.turns] for r in rollouts],
         anchors=[[r.prompt_ids, *(turn.reply_ids for turn in r.turns[:-1])] for r in rollouts],
+        nodes=[[(r.group, node) for node in r.nodes] for r in rollouts] if any(r.nodes for r in rollouts) else None,
     )
 
 
 def estimate(config: TrainConfig, table: TurnTable) -> Credit:
-    """The configured estimator's credit, where it needs no critic."""
-    parameters = _discounts(config) | ({"alpha": config.alpha} if config.estimator == "mt-grpo" else {})
-    return ESTIMATORS[config.estimator](table, **parameters)
+    """The credit of an estimator that needs no critic. Raises InputError where the method cannot take the rewards."""
+    takes_alpha = config.estimator in ("mt-grpo", "mt-grpo-tree")
+    parameters = _discounts(config) | ({"alpha": config.alpha} if takes_alpha else {})
+    try:
+        return ESTIMATORS[config.estimator](table, **parameters)
+    except ValueError as error:  # such as a user's turn reward that differs between rollouts that share the turn
+        raise InputError(f"the step's rewards must suit {config.estimator}: {error}") from error
 
 
 def _discounts(config: TrainConfig) -> dict[str, float]:
@@ -327,11 +349,13 @@ def _discounts(config: TrainConfig) -> dict[str, float]:
 
 
 def training_rows(rollouts: Sequence[Rollout], table: TurnTable, credit: Credit) -> list[tuple[int, Row]]:
-    """Each rollout's group and its row."""
-    by_rollout = np.split(credit.advantages, np.cumsum(np.bincount(table.rollout))[:-1])
+    """Each rollout's group and its row; turns that rollouts share count once."""
+    ends = np.cumsum(np.bincount(table.rollout))[:-1]
+    advantages = np.split(credit.advantages, ends)
+    shares = [None] * len(rollouts) if table.node is None else np.split(share_weights(table), ends)
     return [
-        (r.group, rollout_row(r, advantages.tolist(), [True] * len(r.turns)))
-        for r, advantages in zip(rollouts, by_rollout, strict=True)
+        (r.group, rollout_row(r, own.tolist(), [True] * len(r.turns), share if share is None else share.tolist()))
+        for r, own, share in zip(rollouts, advantages, shares, strict=True)
     ]
 
 

@@ -101,6 +101,8 @@ class Rollout:
     turn_rewards: tuple[Mapping[str, float], ...] = ()
     """Named reward components of each turn; a component that a turn does not have is absent, not 0."""
     outcome_rewards: Mapping[str, float] = field(default_factory=dict)
+    nodes: tuple[int, ...] = ()
+    """Which node of its group's tree each turn is; rollouts that share a turn name the same node. Empty: no tree."""
 
     @property
     def terminated(self) -> bool:
@@ -127,6 +129,7 @@ def rollout_from_json(line: str) -> Rollout:
     turns = tuple(_turn(t) for t in data.pop("turns"))
     data["prompt_ids"] = tuple(data["prompt_ids"])
     data["turn_rewards"] = tuple(data["turn_rewards"])
+    data["nodes"] = tuple(data.get("nodes", ()))  # records of before there were trees have none
     return Rollout(turns=turns, **data)
 
 

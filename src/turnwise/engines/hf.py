@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from turnwise.engine import Completion, Sampling
+from turnwise.engine import Completion, Sampling, fork_onto_session
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.sampling import drawn_tokens
@@ -125,6 +125,7 @@ class HFEngine:
         self._waiting: deque[_Request] = deque()
         self._sessions: dict[Hashable, _Request] = {}  # alive, with their latest request
         self._row_of: dict[Hashable, int] = {}
+        self._parents: dict[Hashable, Hashable] = {}  # forks that have not asked yet, with the session they come from
         self._hole_steps = 0
         self._driver: asyncio.Task[None] | None = None
         self._arrival: asyncio.Event | None = None
@@ -157,8 +158,19 @@ class HFEngine:
                 self.release(session)
             raise
 
+    def fork(self, session: Hashable, into: Hashable) -> None:
+        """The new session `into` begins with what the row of `session` holds when `into` first gets a row.
+
+        Whatever both conversations begin with then is copied, so `session` may go on in the meantime; where its row is
+        gone, `into` is fed from its beginning. Raises InputError where `into` is a session already.
+        """
+        if into in self._sessions or into in self._parents:
+            raise fork_onto_session(into)
+        self._parents[into] = session
+
     def release(self, session: Hashable) -> None:
         """Free the row of `session`; a request of it that is still running is cancelled."""
+        self._parents.pop(session, None)
         request = self._sessions.pop(session, None)
         if request is not None and not request.future.done():
             request.future.cancel()
@@ -266,6 +278,7 @@ class HFEngine:
         self._cache = RowCache(self._sliding)
         self._waiting.clear()
         self._row_of.clear()
+        self._parents.clear()
 
     def _notify(self) -> None:
         if self._arrival is not None:
@@ -290,23 +303,44 @@ class HFEngine:
     @torch.inference_mode()
     def _prefill(self, admitted: list[_Request]) -> None:
         """Feed what is new in the admitted rows, equal prompts once, and draw the first tokens."""
-        groups: dict[Hashable, list[int]] = {}
         chosen = np.array([self._row_of[request.session] for request in admitted])
         self._reserve(int(chosen.max()) + 1, int(self._rows.start[chosen].max()) + 1)
-        for row, request in zip(chosen.tolist(), admitted, strict=True):
-            fresh = self._rows.length[row] == 0
-            groups.setdefault(request.prompt.tobytes() if fresh else row, []).append(row)
-        leaders = np.array([members[0] for members in groups.values()])
-        followers = {members[0]: members[1:] for members in groups.values()}
+        followers = self._followers(admitted)
+        leaders = np.array(list(followers))
         new = self._rows.start[leaders] - self._rows.length[leaders]
         for chunk in _chunks(leaders, new):
             hidden = self._feed_prompts(chunk)
             source = np.array([i for i, row in enumerate(chunk) for _ in followers[row]], np.int64)
             target = np.array([row for leader in chunk for row in followers[leader]], np.int64)
             if len(target):
-                self._copy(target, chunk[source])
+                self._copy(target, chunk[source], self._rows.length[chunk[source]])
                 hidden = torch.cat((hidden, hidden[self._tensor(source)]))
             self._draw(hidden, np.concatenate((chunk, target)))
+
+    def _followers(self, admitted: list[_Request]) -> dict[int, list[int]]:
+        """The rows to feed, each with the rows that are copies of it once it is fed.
+
+        Of new sessions with equal prompts the first is fed. A fork follows the session that it comes from where both
+        ask the same at once; otherwise it gets what that session's row has in common with its prompt.
+        """
+        rows = self._rows
+        asked = {self._row_of[request.session]: request.prompt for request in admitted}
+        groups: dict[Hashable, list[int]] = {}
+        for request in admitted:
+            session, row = request.session, self._row_of[request.session]
+            parent = self._row_of.get(self._parents.pop(session)) if session in self._parents else None
+            if rows.length[row]:
+                groups.setdefault(row, []).insert(0, row)
+            elif parent is not None and np.array_equal(asked.get(parent, ()), request.prompt) and rows.length[parent]:
+                groups.setdefault(parent, []).append(row)
+            else:
+                members = groups.setdefault(request.prompt.tobytes(), [])
+                members.append(row)
+                if parent is not None and len(members) == 1:
+                    cached = rows.tokens[parent, : rows.length[parent]]
+                    common = _common_prefix(cached, request.prompt[:-1])
+                    self._copy(np.array([row]), np.array([parent]), np.array([common]))
+        return {members[0]: members[1:] for members in groups.values()}
 
     def _feed_prompts(self, chunk: np.ndarray) -> torch.Tensor:
         """Feed the new tokens of rows `chunk` [B]; the hidden states of the last ones, [B, d]."""
@@ -327,10 +361,11 @@ class HFEngine:
         last = self._tensor(size - cached - 1)
         return hidden[torch.arange(len(chunk), device=self._device), last]
 
-    def _copy(self, target: np.ndarray, source: np.ndarray) -> None:
-        length = self._rows.length[source]
+    def _copy(self, target: np.ndarray, source: np.ndarray, length: np.ndarray) -> None:
+        """Give rows `target` the first `length` tokens that rows `source` have cached; [B] each."""
         self._reserve(int(target.max()) + 1, int(length.max()))
-        self._cache.move(self._tensor(target), self._tensor(source), int(length.max()))
+        if length.any():
+            self._cache.move(self._tensor(target), self._tensor(source), int(length.max()))
         self._rows.length[target] = length
 
     @torch.inference_mode()
