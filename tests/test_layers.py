@@ -34,6 +34,7 @@ LAYERS = [
     "batch",
     "loss",
     "policy",
+    "cores",
     "critic",
     "config",
     "rundir",

@@ -16,13 +16,13 @@ from turnwise.batch import pack, rollout_row
 from turnwise.config import TrainConfig
 from turnwise.env import Step
 from turnwise.errors import RunError, TurnwiseError
+from turnwise.evaluation import make_engine
 from turnwise.learning import loss_segments, update
 from turnwise.policy import Policy, load_policy, tiny_policy
 from turnwise.rollout import Limits, run_groups
 from turnwise.rundir import checkpoint_folder, latest_checkpoint, read_config
 from turnwise.training import (
     estimate,
-    make_engine,
     rollout_table,
     step_tasks,
     train,

@@ -164,18 +164,18 @@ def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]
 
 def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
     """Metrics of greedy and of sampled evaluations of both populations."""
-    from turnwise.evaluation import evaluation_to_dict, make_engine, play, rollout_limits, summarised
+    from turnwise.evaluation import evaluation_to_dict, make_engines, play, rollout_limits, summarised
     from turnwise.policy import load_policy
     from turnwise.setting import make_setting
 
     setting = make_setting(config)
     loaded = load_policy(policy)
     limits = rollout_limits(config, loaded)
-    engine = make_engine(loaded, max_rows=EVALUATED_ROWS)
+    engines = make_engines(loaded, config, max_rows=EVALUATED_ROWS)
     found: dict[str, Any] = {}
     for population, tasks in evaluation_tasks(config, size).items():
         for mode in ("greedy", "sampled"):
-            pairs = play(tasks, setting, engine, loaded.chat, limits=limits, mode=mode)
+            pairs = play(tasks, setting, engines, loaded.chat, limits=limits, mode=mode)
             found[f"{population}-{mode}"] = evaluation_to_dict(summarised(population, mode, pairs))["metrics"]
     return found
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from turnwise.batch import MicroBatch, Row, chunks, pack
+from turnwise.cores import in_parallel
 from turnwise.policy import Policy, token_states
 
 Trunk = Literal["own", "shared"]
@@ -83,18 +84,23 @@ def token_values(critic: Critic, batch: MicroBatch, states: torch.Tensor | None 
 
 
 def step_values(
-    critic: Critic, rows: Sequence[Row], cut: Sequence[bool], *, max_tokens: int, pad_id: int
+    critic: Critic, rows: Sequence[Row], cut: Sequence[bool], *, max_tokens: int, pad_id: int, at_once: int = 1
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Values at each row's sampled tokens, (n, heads) per row, and of the state after it, (R, heads).
 
-    Without gradient. The state after a row is computed where the row is `cut`; elsewhere its value is 0.
+    Without gradient. The state after a row is computed where the row is `cut`; elsewhere its value is 0. `at_once`
+    micro-batches are computed at a time.
     """
     asked = [_one_longer(row, pad_id) if is_cut else row for row, is_cut in zip(rows, cut, strict=True)]
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], np.ndarray] = {}
     different = {(row.prompt_ids, row.ids): row for row in asked}
-    for chunk in chunks(list(different.values()), max_tokens=max_tokens):
+
+    def computed_values(chunk: Sequence[Row]) -> np.ndarray:
         with torch.no_grad():
-            computed = token_values(critic, pack(chunk, pad_id=pad_id)).numpy()
+            return token_values(critic, pack(chunk, pad_id=pad_id)).numpy()
+
+    parts = list(chunks(list(different.values()), max_tokens=max_tokens))
+    for chunk, computed in zip(parts, in_parallel(computed_values, parts, at_once=at_once), strict=True):
         for row, own in zip(chunk, computed, strict=True):
             found[row.prompt_ids, row.ids] = own[: len(row.ids)]
     values = [found[row.prompt_ids, row.ids] for row in asked]

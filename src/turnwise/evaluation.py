@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
 from turnwise.config import ATLAS, TrainConfig
+from turnwise.cores import in_parallel, parts_at_once
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.rewards import answer_presence, load_rewards, tag_usage, xml_format
-from turnwise.rollout import Limits, awaited, run_groups
+from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
 from turnwise.setting import Setting, make_setting, make_tools
 from turnwise.tasks import load_tasks
@@ -95,10 +97,38 @@ def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
     return Estimate(mean=float(array.mean()), low=float(low), high=float(high), n=len(array))
 
 
+def draw(
+    tasks: Sequence[Task],
+    setting: Setting,
+    engines: Sequence[Engine],
+    chat: Chat,
+    *,
+    limits: Limits,
+    temperature: float,
+    seed: Sequence[int],
+    group_size: int = 1,
+    branches: Sequence[int] = (),
+) -> list[list[Rollout]]:
+    """Each task's group of rollouts, or its tree where there are `branches`; not scored.
+
+    Several engines each play a share of the tasks, at the same time.
+    """
+    ends = [len(tasks) * i // len(engines) for i in range(len(engines) + 1)]
+    shape = {"branches": branches} if branches else {"group_size": group_size}
+    run: Any = run_trees if branches else run_groups
+
+    def share(i: int) -> list[list[Rollout]]:
+        first, end = ends[i], ends[i + 1]
+        options = {"limits": limits, "temperature": temperature, "seed": seed, "first_group": first, **shape}
+        return awaited(run(tasks[first:end], setting.environment, engines[i], chat, **options))
+
+    return [group for part in in_parallel(share, range(len(engines)), at_once=len(engines)) for group in part]
+
+
 def play(
     tasks: Sequence[Task],
     setting: Setting,
-    engine: Engine,
+    engines: Sequence[Engine],
     chat: Chat,
     *,
     limits: Limits,
@@ -106,18 +136,8 @@ def play(
     seed: Sequence[int] = (0,),
 ) -> list[tuple[Task, Rollout]]:
     """Each question once, scored."""
-    groups = awaited(
-        run_groups(
-            tasks,
-            setting.environment,
-            engine,
-            chat,
-            group_size=1,
-            limits=limits,
-            temperature=0.0 if mode == "greedy" else setting.config.temperature,
-            seed=seed,
-        )
-    )
+    temperature = 0.0 if mode == "greedy" else setting.config.temperature
+    groups = draw(tasks, setting, engines, chat, limits=limits, temperature=temperature, seed=seed)
     return [(task, setting.scored(task, group[0])) for task, group in zip(tasks, groups, strict=True)]
 
 
@@ -184,8 +204,8 @@ def evaluate(
     setting = _setting(config, spread(chosen, limit or len(chosen)))
     limits = rollout_limits(config, policy)
     check_prompts(setting, policy, limits)
-    engine = make_engine(policy)
-    pairs = play(setting.validation, setting, engine, policy.chat, limits=limits, mode=mode, seed=(seed,))
+    engines = make_engines(policy, config)
+    pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, mode=mode, seed=(seed,))
     evaluation = summarised(name or called, mode, pairs)
     if not evaluation.metrics:
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
@@ -214,17 +234,15 @@ def rollouts(
     setting = _setting(config, _chosen_tasks(config, tasks, None)[0])
     limits = rollout_limits(config, policy)
     check_prompts(setting, policy, limits)
-    groups = awaited(
-        run_groups(
-            setting.validation,
-            setting.environment,
-            make_engine(policy),
-            policy.chat,
-            group_size=group_size,
-            limits=limits,
-            temperature=0.0 if mode == "greedy" else config.temperature,
-            seed=(seed,),
-        )
+    groups = draw(
+        setting.validation,
+        setting,
+        make_engines(policy, config),
+        policy.chat,
+        group_size=group_size,
+        limits=limits,
+        temperature=0.0 if mode == "greedy" else config.temperature,
+        seed=(seed,),
     )
     return [
         [setting.scored(task, rollout) for rollout in group]
@@ -322,6 +340,15 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
 def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
     """The in-process engine over a policy. Its memory grows with the rollouts alive at once, `max_rows` at most."""
     return HFEngine(policy.model, stop_ids=[policy.chat.end_id], max_rows=max_rows, max_context=policy.context)
+
+
+def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[HFEngine]:
+    """As many engines as play at the same time: one per thread for a small policy, with `max_rows` in all.
+
+    A user's tools are called from one thread alone, so with them there is one engine.
+    """
+    count = 1 if config.tools else parts_at_once(policy.model, config.threads or torch.get_num_threads())
+    return [make_engine(policy, max_rows=-(-max_rows // count)) for _ in range(count)]
 
 
 def spread(tasks: Sequence[Task], count: int) -> list[Task]:

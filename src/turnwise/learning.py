@@ -8,6 +8,7 @@ import torch
 
 from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, weighted
 from turnwise.config import TrainConfig
+from turnwise.cores import in_parallel
 from turnwise.critic import Critic, token_values
 from turnwise.errors import RunError
 from turnwise.loss import Ratio, policy_loss, value_loss
@@ -26,9 +27,12 @@ def update(
     step: int,
     reference: Policy | None = None,
     critic: Critic | None = None,
+    *,
+    at_once: int = 1,
 ) -> dict[str, float]:
     """`passes` times `minibatches` optimiser steps over a step's rollouts; means of what they saw.
 
+    `at_once` micro-batches are computed at a time; their gradients are added in order, so the number changes nothing.
     In the first `critic_warmup_steps` steps the critic learns alone.
     """
     groups = sorted({group for group, _ in rows})
@@ -43,7 +47,7 @@ def update(
             chosen = {groups[i] for i in part}
             minibatch = [row for group, row in rows if group in chosen]
             if minibatch:
-                seen.append(_optimise(policy, optimizer, minibatch, config, reference, critic, learned >= 0))
+                seen.append(_optimise(policy, optimizer, minibatch, config, reference, critic, learned >= 0, at_once))
     names = dict.fromkeys(name for s in seen for name in s)
     return {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
 
@@ -66,6 +70,7 @@ def _optimise(
     reference: Policy | None,
     critic: Critic | None,
     policy_learns: bool,
+    at_once: int,
 ) -> dict[str, float]:
     """One optimiser step of each that learns.
 
@@ -77,11 +82,24 @@ def _optimise(
     live = distinct_rows(row for row in rows if reference or critic or np.any(row.advantages[row.loss]))
     targets = _num_targets(rows) if critic else None
     sums: dict[str, float] = {}
-    for batch in micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id):
+    learned = [*(policy.model.parameters() if policy_learns else ()), *(critic.parameters if critic else ())]
+
+    def computed(batch: MicroBatch) -> tuple[dict[str, float], Sequence[torch.Tensor | None]]:
+        """A micro-batch's share of the sums, and its gradients where they are not added as they are found."""
         states = token_states(policy.model, batch) if policy_learns else None
-        found = {} if states is None else _backward(policy, states, batch, config, reference)
+        found, losses = {}, []
+        if states is not None:
+            losses.append(_policy_loss(policy, states, batch, config, reference, found))
         if critic and targets is not None:
-            found |= _backward_values(critic, states, batch, targets, config)
+            losses.append(_value_loss(critic, states, batch, targets, config, found))
+        if at_once > 1:
+            return found, torch.autograd.grad(losses, learned, allow_unused=True)
+        torch.autograd.backward(losses)
+        return found, ()
+
+    batches = micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id)
+    for found, gradients in in_parallel(computed, batches, at_once=at_once):
+        _add(learned, gradients)
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
     found = {"live_rollouts": sum(row.count for row in live) / len(rows), "computed_rows": len(live) / len(rows)}
@@ -94,6 +112,13 @@ def _optimise(
     found |= {name: sums[name] / weighed for name in MEANS if name in sums}
     norm = _stepped(optimizer, config.max_grad_norm, "learning-rate") if live else 0.0
     return {"loss": sums.get("loss", 0.0), **found, "grad_norm": norm}
+
+
+def _add(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
+    """Adds gradients, if there are any, to those of the parameters."""
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _num_targets(rows: Sequence[Row]) -> torch.Tensor:
@@ -125,10 +150,15 @@ def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:
     return rows * batch.action.shape[1] + starts.cumsum(1)
 
 
-def _backward(
-    policy: Policy, states: torch.Tensor, batch: MicroBatch, config: TrainConfig, reference: Policy | None
-) -> dict[str, float]:
-    """Adds a micro-batch's gradient; its share of the step's sums."""
+def _policy_loss(
+    policy: Policy,
+    states: torch.Tensor,
+    batch: MicroBatch,
+    config: TrainConfig,
+    reference: Policy | None,
+    found: dict[str, float],
+) -> torch.Tensor:
+    """A micro-batch's share of the policy's loss; puts its share of the step's sums into `found`."""
     assert batch.weights is not None, "rows are weighed before they are packed"
     where, temperature = batch.loss, config.temperature
     logprobs, entropy = token_logprobs(policy.model, batch, where, temperature=temperature, states=states)
@@ -149,26 +179,32 @@ def _backward(
         kl_coef=config.kl_coef,
         segments=segments,
     )
-    parts.loss.backward()
-    found = {
+    found |= {
         "loss": float(parts.loss.detach()),
         "clip_fraction": float(parts.clipped),
         "policy_shift": float(parts.shift),
         "entropy": float((weights * entropy.detach()).sum()),
         "weight": float(weights.sum()),
     }
-    return {**found, "kl": float(parts.kl)} if reference else found
+    if reference:
+        found["kl"] = float(parts.kl)
+    return parts.loss
 
 
-def _backward_values(
-    critic: Critic, states: torch.Tensor | None, batch: MicroBatch, targets: torch.Tensor, config: TrainConfig
-) -> dict[str, float]:
-    """Adds a micro-batch's gradient of the value loss, a mean over all targets of the minibatch and over heads."""
+def _value_loss(
+    critic: Critic,
+    states: torch.Tensor | None,
+    batch: MicroBatch,
+    targets: torch.Tensor,
+    config: TrainConfig,
+    found: dict[str, float],
+) -> torch.Tensor:
+    """A micro-batch's share of the value loss, a mean over all targets of the minibatch and over heads."""
     assert batch.values is not None, "with a critic, rows have values"
     assert batch.returns is not None, "with a critic, rows have value targets"
     there = ~batch.returns.isnan()
     weights = (batch.counts[:, None, None] / (targets * len(targets))).expand_as(there)[there]
     values = token_values(critic, batch, states)[there]
     parts = value_loss(values, batch.values[there], batch.returns[there], weights, clip=config.value_clip)
-    parts.loss.backward()
-    return {"value_loss": float(parts.loss.detach()), "value_clip_fraction": float(parts.clipped)}
+    found |= {"value_loss": float(parts.loss.detach()), "value_clip_fraction": float(parts.clipped)}
+    return parts.loss

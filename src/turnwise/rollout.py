@@ -302,13 +302,14 @@ async def run_groups(
     limits: Limits,
     temperature: float = 1.0,
     seed: Sequence[int] = (0,),
+    first_group: int = 0,
 ) -> list[list[Rollout]]:
-    """`group_size` rollouts of every task, all at once; one list per task."""
+    """`group_size` rollouts of every task, all at once; one list per task. Groups are numbered from `first_group`."""
     environments = [[make_environment(task) for _ in range(group_size)] for task in tasks]
     jobs = [
         run_rollout(
             task,
-            environments[group][member],
+            environments[group - first_group][member],
             engine,
             chat,
             limits=limits,
@@ -316,7 +317,7 @@ async def run_groups(
             seed=rollout_seed(*seed, group, member),
             group=group,
         )
-        for group, task in enumerate(tasks)
+        for group, task in enumerate(tasks, start=first_group)
         for member in range(group_size)
     ]
     done = await _together(jobs)
@@ -333,8 +334,9 @@ async def run_trees(
     limits: Limits,
     temperature: float = 1.0,
     seed: Sequence[int] = (0,),
+    first_group: int = 0,
 ) -> list[list[Rollout]]:
-    """One tree of every task, all at once; the leaves of each, as `run_tree` gives them."""
+    """One tree of every task, all at once; the leaves of each, as `run_tree` gives them, numbered as groups are."""
     return await _together(
         [
             run_tree(
@@ -348,7 +350,7 @@ async def run_trees(
                 seed=(*seed, group),
                 group=group,
             )
-            for group, task in enumerate(tasks)
+            for group, task in enumerate(tasks, start=first_group)
         ]
     )
 

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ import torch
 
 from turnwise.batch import Row, on_sampled, rollout_row
 from turnwise.config import CRITIC_METHODS, DISCOUNTED, TrainConfig
+from turnwise.cores import parts_at_once
 from turnwise.credit import (
     ESTIMATORS,
     TOKEN_ESTIMATORS,
@@ -36,7 +36,8 @@ from turnwise.critic import Critic, make_critic, step_values
 from turnwise.errors import InputError, RunError
 from turnwise.evaluation import (
     check_prompts,
-    make_engine,
+    draw,
+    make_engines,
     mean_metrics,
     play,
     rollout_limits,
@@ -44,7 +45,7 @@ from turnwise.evaluation import (
 )
 from turnwise.learning import update
 from turnwise.policy import load_policy
-from turnwise.rollout import awaited, run_groups, run_trees, sampled_tokens
+from turnwise.rollout import sampled_tokens
 from turnwise.rundir import (
     append_lines,
     create_run,
@@ -139,7 +140,7 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
         self.sampled_tokens = 0
-        self.engine = make_engine(self.policy)
+        self.engines = make_engines(self.policy, self.config)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -174,13 +175,17 @@ class _Run:
         self.critic = self._critic()
         if self.critic:
             load_critic(self.critic, folder)
-        self.engine = make_engine(self.policy)
+        self.engines = make_engines(self.policy, self.config)
         self.step, self.best, self.wall_s = state["step"], state["best"], state["wall_s"]
         self.validation = state["validation"]
         self.sampled_tokens = state.get("sampled_tokens", 0)  # earlier checkpoints have no count, and no budget
         self.saved_step = self.step
-        self.engine.refresh(self.step)
+        self._refresh(self.step)
         self._cut_logs(after_step=self.step)
+
+    def _refresh(self, version: int) -> None:
+        for engine in self.engines:
+            engine.refresh(version)
 
     def _cut_logs(self, *, after_step: int) -> None:
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -218,18 +223,16 @@ class _Run:
     def _train_step(self) -> tuple[dict[str, float], list[Record]]:
         config, start = self.config, time.perf_counter()
         tasks = step_tasks(self.setting.train, config, self.step)
-        in_groups = partial(run_groups, group_size=config.group_size)
-        drawn = partial(run_trees, branches=config.branches) if config.branches else in_groups
-        groups = awaited(
-            drawn(
-                tasks,
-                self.setting.environment,
-                self.engine,
-                self.policy.chat,
-                limits=self.limits,
-                temperature=config.temperature,
-                seed=(config.seed, self.step),
-            )
+        groups = draw(
+            tasks,
+            self.setting,
+            self.engines,
+            self.policy.chat,
+            limits=self.limits,
+            temperature=config.temperature,
+            seed=(config.seed, self.step),
+            group_size=config.group_size,
+            branches=config.branches,
         )
         rolled = time.perf_counter()
         rollouts = [
@@ -238,9 +241,11 @@ class _Run:
         kept = [r for r in rollouts if r.stop != "error"]
         if not kept:
             raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
-        credited = credit_rollouts(kept, config, self.critic, pad_id=self.policy.chat.pad_id)
-        learning = update(self.policy, self.optimizer, credited.rows, config, self.step, self.reference, self.critic)
-        self.engine.refresh(self.step + 1)
+        at_once = parts_at_once(self.policy.model, config.threads or torch.get_num_threads())
+        credited = credit_rollouts(kept, config, self.critic, pad_id=self.policy.chat.pad_id, at_once=at_once)
+        learners = (self.reference, self.critic)
+        learning = update(self.policy, self.optimizer, credited.rows, config, self.step, *learners, at_once=at_once)
+        self._refresh(self.step + 1)
         ended = time.perf_counter()
         tokens = sum(r.num_tokens for r in kept)
         self.sampled_tokens += sampled_tokens(rollouts)
@@ -263,7 +268,7 @@ class _Run:
     def _validate(self, display: Display | None) -> None:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
-        pairs = play(tasks, self.setting, self.engine, self.policy.chat, limits=self.limits)
+        pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
         self.validation = mean_metrics(pairs)
         self._log(self.validation, display, split="validation")
         if self.validation.get("exact_match", -1.0) > self.best:
@@ -373,7 +378,12 @@ class Credited:
 
 
 def credit_rollouts(
-    rollouts: Sequence[Rollout], config: TrainConfig, critic: Critic | None = None, *, pad_id: int = 0
+    rollouts: Sequence[Rollout],
+    config: TrainConfig,
+    critic: Critic | None = None,
+    *,
+    pad_id: int = 0,
+    at_once: int = 1,
 ) -> Credited:
     """The configured method's credit for scored rollouts."""
     if critic is None:
@@ -382,7 +392,7 @@ def credit_rollouts(
         return Credited(table=table, credit=credit, rows=training_rows(rollouts, table, credit), metrics={})
     rows = [rollout_row(r, [0.0] * len(r.turns), [True] * len(r.turns)) for r in rollouts]
     cut = [r.stop == "max_tokens" for r in rollouts]
-    values, after = step_values(critic, rows, cut, max_tokens=config.micro_batch_tokens, pad_id=pad_id)
+    values, after = step_values(critic, rows, cut, max_tokens=config.micro_batch_tokens, pad_id=pad_id, at_once=at_once)
     tokens = critic_table(rollouts, values, after)
     found = critic_credit(config, tokens, np.concatenate(values).astype(float))
     bounds = np.cumsum([len(own) for own in values])[:-1]
