@@ -135,3 +135,10 @@ def test_rows_that_say_and_earn_the_same_are_one_row_that_counts_for_all():
     assert [r.count for r in merged] == [3, 1, 1, 1, 1]
     assert pack(merged, pad_id=0).counts.tolist() == [3, 1, 1, 1, 1]
     assert sum(r.count for r in distinct_rows([*merged, row(2)])) == 8
+
+
+def test_equal_rows_of_different_shares_stay_apart():
+    played = rollout(turn((1,), (2,)), turn((3,)))
+    rows = [rollout_row(played, [1.0, 1.0], [True, True], [share, 1.0]) for share in (0.5, 0.5, 1.0)]
+    assert rows[0].share.tolist() == [0.5, 0.5, 1.0]
+    assert [(row.count, row.share[0]) for row in distinct_rows(rows)] == [(2, 0.5), (1, 1.0)]
