@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from turnwise.config import TrainConfig, config_from_dict, config_to_dict, read_config_file
+from turnwise.config import CRITIC_METHODS, TrainConfig, config_from_dict, config_to_dict, read_config_file
 from turnwise.errors import ConfigError, InputError
 
 
@@ -34,6 +34,17 @@ def test_paths_weights_and_names_survive_json():
         ("ratio", "sequence", "got mt-grpo: .* turn credit be lost; take ratio 'turn'"),
         ("gamma", 0.0, r"gamma must be in \(0, 1\]; got 0.0"),
         ("gamma", math.nan, "gamma must be"),
+        ("gamma", "1", "gamma must be a number; got '1'"),
+        ("lam", 0.9, "lam must go with a method that has a critic; got mt-grpo; .* mt-ppo"),
+        ("lam", 1.5, r"lam must be in \[0, 1\]; got 1.5"),
+        ("whiten", True, "whiten must go with a method that has a critic; got mt-grpo"),
+        ("whiten", "yes", "whiten must be true or false; got 'yes'"),
+        ("critic", "ovn", "critic must be a known name; got 'ovn'; did you mean own"),
+        ("aggregation", "turn-means", "did you mean turn-mean"),
+        ("critic_warmup_steps", -1, "critic-warmup-steps must be >= 0"),
+        ("value_clip", 0.0, "value-clip must be >= 1e-09"),
+        ("estimator", "vineppo", "no more than training records; vineppo needs values"),
+        ("estimator", "mt-pp", "did you mean mt-ppo"),
         ("steps", 0, "steps must be >= 1; got 0"),
         ("steps", 2.5, "steps must be a whole number; got 2.5"),
         ("steps", True, "steps must be a whole number; got True"),
@@ -102,6 +113,12 @@ def test_a_file_without_options_is_refused(tmp_path, name: str, text: str, messa
 def test_a_missing_option_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="must exist"):
         read_config_file(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("estimator", CRITIC_METHODS)
+def test_methods_with_a_critic_are_trained_and_take_its_options(estimator: str):
+    config = TrainConfig(estimator=estimator, gamma=0.9, lam=0.8, whiten=False, critic="shared")
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config))), "x") == config
 
 
 def test_a_sequence_ratio_goes_with_one_advantage_per_rollout():

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from turnwise.display import (
     EVALUATED,
+    LineDisplay,
     Watched,
     duration,
     evaluation_table,
@@ -164,3 +165,12 @@ def test_a_watched_environment_tells_every_step_and_changes_nothing():
     assert first.result is not None
     assert first.result.text == "found x"
     assert last.stop == "answer"
+
+
+def test_warnings_are_shown_on_a_terminal_and_elsewhere():
+    warned = {**record(3, 9.0, exact_match=0.25), "warnings": ["the tool is being abandoned: pay its turns"]}
+    text = printed(progress_panel("mt-ppo", 4, [warned, record(4, 12.0, exact_match=0.5)], []))
+    assert "warning at step 3: the tool is being abandoned" in text
+    out = io.StringIO()
+    LineDisplay(4, Console(file=out)).show(warned)
+    assert out.getvalue().splitlines()[1] == "warning at step 3: the tool is being abandoned: pay its turns"
