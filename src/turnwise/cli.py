@@ -410,6 +410,8 @@ def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
 
     title = f"{run} on {evaluation.name}, {evaluation.mode}: per cent, 95 % interval below"
     _console().print(evaluation_table(title, evaluation_to_dict(evaluation)))
+    if evaluation.judge:
+        print("judge: " + ", ".join(f"{name} {value:.4g}" for name, value in evaluation.judge.items()))
     failed = [rollout for _, rollout in evaluation.records if rollout.stop == "error"]
     if failed:
         total = len(evaluation.records)

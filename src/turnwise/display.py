@@ -31,9 +31,10 @@ RATES = {
     "exact_match": "exact match",
     "dead_groups": "dead groups",
     "clip_fraction": "clip fraction",
+    "judge/disagreement": "judge disagrees",
 }
 """Metrics that are shares of one, as the display calls them."""
-NUMBERS = {"return": "return", "entropy": "entropy", "kl": "KL", "tokens_per_s": "tokens/s"}
+NUMBERS = {"return": "return", "entropy": "entropy", "kl": "KL", "tokens_per_s": "tokens/s", "judge/absent": "unjudged"}
 """The other metrics of the display."""
 TRENDS = ("tool_execution", "exact_match")
 """Metrics that are drawn over time."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from turnwise.config import ATLAS, TrainConfig
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.rewards import answer_presence, load_rewards, tag_usage, xml_format
 from turnwise.rollout import Limits, awaited, run_groups
@@ -85,6 +86,8 @@ class Evaluation:
     metrics: Mapping[str, Estimate]
     by_kind: Mapping[str, Mapping[str, Estimate]]
     records: Sequence[tuple[Task, Rollout]]
+    judge: Mapping[str, float] = field(default_factory=dict)
+    """Cost and disagreement of the judge (see `judge_metrics`); empty without one."""
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -105,7 +108,7 @@ def play(
     mode: Mode = "greedy",
     seed: Sequence[int] = (0,),
 ) -> list[tuple[Task, Rollout]]:
-    """Each question once, scored."""
+    """Each question once, scored; judged too where the setting has a judge."""
     groups = awaited(
         run_groups(
             tasks,
@@ -118,7 +121,8 @@ def play(
             seed=seed,
         )
     )
-    return [(task, setting.scored(task, group[0])) for task, group in zip(tasks, groups, strict=True)]
+    played = [(task, group[0]) for task, group in zip(tasks, groups, strict=True)]
+    return list(zip(tasks, setting.all_scored(played), strict=True))
 
 
 def summarised(name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]]) -> Evaluation:
@@ -131,6 +135,7 @@ def summarised(name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]]) -> 
         metrics=_estimates(counted),
         by_kind={kind: _estimates([p for p in counted if p[0].kind == kind]) for kind in kinds},
         records=pairs,
+        judge=judge_metrics(pairs),
     )
 
 
@@ -151,6 +156,7 @@ def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "mode": evaluation.mode,
         "metrics": plain(evaluation.metrics),
         "by_kind": {kind: plain(found) for kind, found in evaluation.by_kind.items()},
+        **({"judge": dict(evaluation.judge)} if evaluation.judge else {}),
     }
 
 
@@ -178,6 +184,8 @@ def evaluate(
     failed.
     """
     policy, config = run_policy(run, checkpoint)
+    if config.judge:
+        check_judge(config.judge)
     chosen, called = _chosen_tasks(config, tasks, split)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be >= 1; got {limit}; leave it out to play every question")

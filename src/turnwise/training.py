@@ -28,6 +28,7 @@ from turnwise.evaluation import (
     rollout_limits,
     spread,
 )
+from turnwise.judge import is_judged, judge_metrics
 from turnwise.loss import Ratio, policy_loss, rollout_mean_weights
 from turnwise.policy import Policy, load_policy, token_logprobs
 from turnwise.rollout import awaited, rollout_seed, run_groups
@@ -188,11 +189,10 @@ class _Run:
                 seed=(config.seed, self.step),
             )
         )
+        played = [(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group]
+        rollouts = self.setting.all_scored(played)
         rolled = time.perf_counter()
-        rollouts = [
-            self.setting.scored(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group
-        ]
-        kept = [r for r in rollouts if r.stop != "error"]
+        kept = [r for r in rollouts if r.stop != "error" and is_judged(r)]
         if not kept:
             raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
         table = rollout_table(kept)
@@ -205,10 +205,11 @@ class _Run:
         by_id = {task.id: task for task in tasks}
         metrics = {
             **mean_metrics([(by_id[r.task_id], r) for r in rollouts]),
+            **judge_metrics([(by_id[r.task_id], r) for r in rollouts]),
             **_reward_means(kept),
             **_credit_metrics(table, credit),
             **learning,
-            "failed_rollouts": (len(rollouts) - len(kept)) / len(rollouts),
+            "failed_rollouts": sum(r.stop == "error" for r in rollouts) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in kept])),
             "tokens_per_s": tokens / (ended - start),
             "rollout_s": rolled - start,
@@ -220,7 +221,7 @@ class _Run:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engine, self.policy.chat, limits=self.limits)
-        self.validation = mean_metrics(pairs)
+        self.validation = {**mean_metrics(pairs), **judge_metrics(pairs)}
         self._log(self.validation, display, split="validation")
         if self.validation.get("exact_match", -1.0) > self.best:
             self.best = self.validation["exact_match"]
