@@ -179,7 +179,7 @@ def test_the_last_list_of_a_reply_is_its_scores(reply: str):
         ("[NaN, 1.0]", "one is nan"),
         ("[0.3, Infinity]", "one is inf"),
         ("[0.3, 1e999]", "one is inf"),
-        (f"[0.3, {'9' * 4000}]", "one is 9999"),
+        (f"[0.3, {'9' * 3000}]", "one is 9999"),
         ('["0.3", 1.0]', "one is '0.3'"),
         ("[true, 1.0]", "one is True"),
         ("[null, 1.0]", "one is None"),
@@ -192,7 +192,7 @@ def test_anything_else_is_refused_and_says_why(reply: str, fault: str):
 
 def test_an_outcome_is_one_number_that_is_not_negative():
     assert scores_in("[0.0]", 1, 0.0) == (0.0,)
-    with pytest.raises(ValueError, match="from 0 to 1; one is -0.5"):
+    with pytest.raises(ValueError, match=r"from 0 to 1; one is -0\.5"):
         scores_in("[-0.5]", 1, 0.0)
 
 
@@ -268,9 +268,7 @@ def test_a_redirect_is_not_followed(serve, tmp_path):
 # --- a judge that does not ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "bad", ["[0.3]", "[0.3, 7]", "[NaN, 1.0]", "I cannot judge this.", "", None.__class__.__name__, {"no": "text"}]
-)
+@pytest.mark.parametrize("bad", ["[0.3]", "[0.3, 7]", "[NaN, 1.0]", "I cannot judge this.", "", {"no": "text"}])
 def test_a_bad_reply_is_asked_for_once_more_with_what_was_wrong(serve, tmp_path, bad: Any):
     judge = serve(lambda _body, number: bad if number == 1 else "[0.3, 1.0]")
     (found,) = ask(asks(judge, tmp_path), a_rollout())
@@ -590,7 +588,7 @@ def test_some_absent_judgements_warn_and_all_absent_stop(serve, tmp_path):
         pairs = judged([(TASK, failed), (TASK, a_rollout("Mombasa")), (TASK, a_rollout())], config)
     assert [r.judgement and r.judgement.turn_scores for _, r in pairs] == [None, (0.3, 1.0), None]
     assert pairs[0][1].judgement is None
-    with pytest.raises(RunError, match="gave none of 1 .*still runs and follows the rubric"):
+    with pytest.raises(RunError, match=r"gave none of 1 .*still runs and follows the rubric"):
         judged([(TASK, a_rollout())], config)
     assert judged([(TASK, failed)], config) == [(TASK, failed)]
 

@@ -42,7 +42,7 @@ LOWEST: Mapping[Kind, float] = {"turn": -1.0, "outcome": 0.0}
 MAX_REPLY_BYTES = 4_000_000
 MAX_PAUSE_S = 30.0
 """The longest pause before a request is repeated, whatever the endpoint asks for."""
-TAIL = 10_000
+TAIL = 4_000
 """Scores are looked for in so many last characters of a reply."""
 FRAME = """
 The user message is one JSON object that a program wrote. It holds the question, the accepted answers, the agent's
