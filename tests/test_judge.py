@@ -15,7 +15,7 @@ import pytest
 from turnwise.cli import main
 from turnwise.config import TrainConfig, config_from_dict, config_to_dict
 from turnwise.errors import ConfigError, InputError, RunError
-from turnwise.evaluation import evaluate
+from turnwise.evaluation import evaluate, rollouts
 from turnwise.judge import (
     JudgeConfig,
     check_judge,
@@ -133,12 +133,12 @@ def serve() -> Iterator[Callable[..., Judge]]:
 
 def asks(judge: Judge, folder: Path, **options: Any) -> JudgeConfig:
     """A configuration that asks for turns alone, and does not wait long."""
-    given = {"outcome": False, "backoff_s": 0.001, "cache": folder / "cache", "timeout_s": 5.0, **options}
+    given = {"outcome": False, "backoff_s": 0.001, "cache": folder / "cache", "timeout_s": 60.0, **options}
     return JudgeConfig(url=judge.url, model="m", **given)
 
 
-def ask(config: JudgeConfig, *rollouts: Rollout, task: Task = TASK) -> list[Judgement]:
-    return asyncio.run(judge_rollouts([(task, rollout) for rollout in rollouts], config))
+def ask(config: JudgeConfig, *played: Rollout, task: Task = TASK) -> list[Judgement]:
+    return asyncio.run(judge_rollouts([(task, rollout) for rollout in played], config))
 
 
 def by_kind(turn: str, outcome: str) -> Callable[[dict[str, Any], int], str]:
@@ -421,7 +421,7 @@ def test_no_more_requests_at_once_than_allowed(serve, tmp_path):
     together = threading.Barrier(3)
 
     def meet(_body: Any, _number: int) -> str:
-        together.wait(10)  # passes only when three are there
+        together.wait(60)  # passes only when three are there
         return "[0.3, 1.0]"
 
     judge = serve(meet)
@@ -559,10 +559,10 @@ def test_metrics_count_cost_and_disagreement():
         Judgement(turn_scores=(0.1, -1.0), outcome_score=1.0, prompt_tokens=50, retried=2, duration_s=1.0),
         Judgement(turn_scores=(0.3, 0.2), cached=True, error="outcome: no"),
     ]
-    rollouts = [a_rollout("Nairobi"), a_rollout("Mombasa"), a_rollout("Mombasa")]
+    played = [a_rollout("Nairobi"), a_rollout("Mombasa"), a_rollout("Mombasa")]
     weights = {"tool_execution": 0.2, "judge_turn": 1.0, "exact_match": 1.0}
     pairs = [
-        (TASK, score(TASK, dataclasses.replace(r, judgement=j), weights)) for r, j in zip(rollouts, given, strict=True)
+        (TASK, score(TASK, dataclasses.replace(r, judgement=j), weights)) for r, j in zip(played, given, strict=True)
     ]
     found = judge_metrics([*pairs, (TASK, a_rollout())])
     # the second outcome of two says 1 of a wrong answer; first turns earn 0.2: gaps 0.3, 0.1, 0.1; last turns have none
@@ -656,6 +656,10 @@ def test_a_judged_run_learns_from_the_judge_and_reports_it(serve, options):
     evaluation = evaluate(result.out, limit=2, checkpoint="last")
     assert evaluation.judge["judge/judged"] == 2
     assert len(judge.requests) >= asked + 1  # the first, tiny one at least
+    asked = len(judge.requests)
+    assert evaluate(result.out, limit=2, judge=False).judge == {}
+    assert [r.outcome_rewards for [r] in rollouts(result.out, group_size=1)[:1]] == [{}]
+    assert len(judge.requests) == asked
 
 
 def test_unjudged_rollouts_are_not_learned_from(serve, options):

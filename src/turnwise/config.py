@@ -242,6 +242,13 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
+def without_judge(config: TrainConfig) -> TrainConfig:
+    """The configuration with nobody to judge; its judge's rewards are absent then."""
+    weights = {name: weight for name, weight in config.reward_weights.items() if name not in JUDGED}
+    nobody = dict.fromkeys(["judge_url", *_JUDGE_OPTIONS])
+    return dataclasses.replace(config, reward_weights=weights, **nobody)
+
+
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration in JSON's types."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

@@ -11,7 +11,7 @@ import numpy as np
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
-from turnwise.config import ATLAS, TrainConfig
+from turnwise.config import ATLAS, TrainConfig, without_judge
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError, InputError, RunError
@@ -175,15 +175,18 @@ def evaluate(
     checkpoint: Checkpoint = "best",
     seed: int = 0,
     name: str | None = None,
+    judge: bool = True,
 ) -> Evaluation:
     """How well a policy answers questions: each one once, with bootstrap intervals.
 
     `run` is a run directory, a checkpoint folder or "embedded"; it plays with its run's tools and rewards. `tasks` are
     questions, a file of them or "atlas"; by default those of the run, of which `split` chooses (by default "test" of
-    the atlas and "validation" of a file). `limit` takes that many, evenly spaced. Raises RunError where every rollout
-    failed.
+    the atlas and "validation" of a file). `limit` takes that many, evenly spaced. A run's judge is asked too, unless
+    `judge` is False. Raises RunError where every rollout failed.
     """
     policy, config = run_policy(run, checkpoint)
+    if not judge:
+        config = without_judge(config)
     if config.judge:
         check_judge(config.judge)
     chosen, called = _chosen_tasks(config, tasks, split)
@@ -213,12 +216,12 @@ def rollouts(
     """`group_size` scored rollouts of every task, one list per task.
 
     `run` and `tasks` are as in `evaluate`; `options` are fields of `TrainConfig` that replace the run's own, such as
-    `tools`, `corpus` or `max_turns`.
+    `tools`, `corpus` or `max_turns`. A run's judge is not asked.
     """
     if group_size < 1:
         raise ConfigError(f"group_size must be >= 1; got {group_size}; give the number of rollouts per task")
     policy, config = run_policy(run, checkpoint)
-    config = dataclasses.replace(config, **options)
+    config = without_judge(dataclasses.replace(config, **options))
     setting = _setting(config, _chosen_tasks(config, tasks, None)[0])
     limits = rollout_limits(config, policy)
     check_prompts(setting, policy, limits)
@@ -291,7 +294,7 @@ def _chosen_tasks(
 ) -> tuple[Sequence[Task], str]:
     """The questions to play, and what they are called."""
     if tasks is None and config.tasks != ATLAS:
-        setting = make_setting(config)
+        setting = make_setting(without_judge(config))
         if split == "test":
             raise ConfigError(
                 "split of a run on your own questions must be train or validation; got 'test'; name a file as tasks"
