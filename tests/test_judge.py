@@ -422,6 +422,7 @@ def test_no_more_requests_at_once_than_allowed(serve, tmp_path):
 
     def meet(_body: Any, _number: int) -> str:
         together.wait(60)  # passes only when three are there
+        threading.Event().wait(0.2)  # room for a fourth, which must not come
         return "[0.3, 1.0]"
 
     judge = serve(meet)
