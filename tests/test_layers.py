@@ -28,6 +28,7 @@ LAYERS = [
     "engines",
     "rollout",
     "rewards",
+    "judge",
     "credit",
     "lab",
     "traces",

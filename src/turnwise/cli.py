@@ -370,6 +370,7 @@ def evaluate(
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
     name: str | None = None,
+    judge: bool = True,
 ) -> None:
     """Measure a run's policy on questions, with confidence intervals.
 
@@ -382,6 +383,7 @@ def evaluate(
         checkpoint: The run's best by validation, or its last.
         seed: Decides the draws of --mode sampled.
         name: What to call the result in the run directory; by default the split's or file's name.
+        judge: Leave the run's judge in peace, if it has one.
     """
     from turnwise.evaluation import evaluate as evaluated
     from turnwise.evaluation import is_run, write_evaluation
@@ -397,6 +399,7 @@ def evaluate(
         checkpoint=checkpoint,
         seed=seed,
         name=name,
+        judge=judge,
     )
     _print_evaluation(run, evaluation)
     if is_run(Path(run)):
@@ -410,6 +413,8 @@ def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
 
     title = f"{run} on {evaluation.name}, {evaluation.mode}: per cent, 95 % interval below"
     _console().print(evaluation_table(title, evaluation_to_dict(evaluation)))
+    if evaluation.judge:
+        print("judge: " + ", ".join(f"{name} {value:.4g}" for name, value in evaluation.judge.items()))
     failed = [rollout for _, rollout in evaluation.records if rollout.stop == "error"]
     if failed:
         total = len(evaluation.records)

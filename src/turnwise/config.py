@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
-from turnwise.rewards import PAPER_WEIGHTS
+from turnwise.judge import JudgeConfig
+from turnwise.rewards import JUDGED, PAPER_WEIGHTS
 from turnwise.rollout import check_branches
 
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
@@ -76,6 +77,23 @@ class TrainConfig:
     """What each reward component is worth; the defaults are the paper's."""
     exact_match: Literal["paper", "squad", "triviaqa"] = "squad"
     """Whose definition of exact match the rewards use."""
+
+    judge_url: str | None = None
+    """An OpenAI-compatible endpoint whose model judges the rollouts, such as http://127.0.0.1:8000/v1."""
+    judge_model: str | None = None
+    """The judge's model, by the endpoint's name for it."""
+    judge_key_env: str | None = None
+    """The environment variable that holds the endpoint's key, where it wants one."""
+    judge_rubric: Path | None = None
+    """A text file by which turns are judged, instead of the built-in rubric."""
+    judge_outcome_rubric: Path | None = None
+    """A text file by which final answers are judged, instead of the built-in rubric."""
+    judge_concurrency: int = 8
+    """Most requests to the judge at once."""
+    judge_timeout_s: float = 30.0
+    """Seconds that one request to the judge may take."""
+    judge_cache: Path | None = None
+    """Folder of the judge's replies; by default in the user's cache folder."""
 
     search_results: int = 1
     """Articles that a search returns."""
@@ -159,6 +177,7 @@ class TrainConfig:
         if self.token_budget is not None:
             _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
         _check_weights(self.reward_weights)
+        self._check_judge()
         if self.minibatches > self.tasks_per_step:
             raise ConfigError(
                 f"minibatches must be <= tasks-per-step ({self.tasks_per_step}), as each takes whole groups; "
@@ -182,6 +201,41 @@ class TrainConfig:
                         f"{name} must go with a method that has a critic; got {self.estimator}; leave it out, or take "
                         f"one of {', '.join(CRITIC_METHODS)}"
                     )
+
+    def _check_judge(self) -> None:
+        """Bad options of the judge, and options of a judge that is not there, raise here."""
+        if self.judge:
+            return
+        if self.judge_url is not None:
+            raise ConfigError(
+                "reward-weights must keep judge_turn or judge_outcome where there is a judge; both are 0; leave out "
+                "judge-url, or weigh one of them"
+            )
+        given = [name for name in _JUDGE_OPTIONS if getattr(self, name) is not None]
+        given += [name for name in JUDGED if self.reward_weights.get(name)]
+        if given:
+            raise ConfigError(
+                f"{given[0].replace('_', '-')} must come with a judge; there is no judge-url; name the endpoint"
+            )
+
+    @property
+    def judge(self) -> JudgeConfig | None:
+        """The judge, asked for the components of a nonzero weight; None where there is none or nothing to ask."""
+        turns, outcome = (self.reward_weights.get(name, 1.0) != 0 for name in JUDGED)
+        if self.judge_url is None or not (turns or outcome):
+            return None
+        return JudgeConfig(
+            url=self.judge_url,
+            model=self.judge_model or "",
+            turns=turns,
+            outcome=outcome,
+            key_env=self.judge_key_env,
+            turn_rubric=self.judge_rubric,
+            outcome_rubric=self.judge_outcome_rubric,
+            concurrency=self.judge_concurrency,
+            timeout_s=self.judge_timeout_s,
+            cache=self.judge_cache,
+        )
 
 
 def _check_estimator(name: str, *, branching: bool) -> None:
@@ -241,9 +295,13 @@ def _check_weights(weights: Any) -> None:
             raise ConfigError(f"reward-weights must be finite; {name} is {weight!r}; give a number")
 
 
+_JUDGE_OPTIONS = ("judge_model", "judge_key_env", "judge_rubric", "judge_outcome_rubric", "judge_cache")
+"""The options that mean nothing without a judge's URL."""
 _INF = math.inf
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("alpha", 0, 1),
+    ("judge_concurrency", 1, 256),
+    ("judge_timeout_s", 0.01, 3600),
     ("search_results", 1, 100),
     ("result_chars", 20, 1_000_000),
     ("max_turns", 1, 1000),
@@ -272,6 +330,13 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("log_groups", 0, _INF),
     ("threads", 0, 4096),
 )
+
+
+def without_judge(config: TrainConfig) -> TrainConfig:
+    """The configuration with nobody to judge; its judge's rewards are absent then."""
+    weights = {name: weight for name, weight in config.reward_weights.items() if name not in JUDGED}
+    nobody = dict.fromkeys(["judge_url", *_JUDGE_OPTIONS])
+    return dataclasses.replace(config, reward_weights=weights, **nobody)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

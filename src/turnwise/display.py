@@ -31,6 +31,7 @@ RATES = {
     "exact_match": "exact match",
     "dead_groups": "dead groups",
     "clip_fraction": "clip fraction",
+    "judge/disagreement": "judge disagrees",
 }
 """Metrics that are shares of one, as the display calls them."""
 NUMBERS = {
@@ -39,6 +40,7 @@ NUMBERS = {
     "entropy": "entropy",
     "kl": "KL",
     "tokens_per_s": "tokens/s",
+    "judge/absent": "unjudged",
 }
 """The other metrics of the display."""
 SHOWN_WARNINGS = 3

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ import torch
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
-from turnwise.config import ATLAS, TrainConfig
+from turnwise.config import ATLAS, TrainConfig, without_judge
 from turnwise.cores import in_parallel, parts_at_once
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.rewards import answer_presence, load_rewards, tag_usage, xml_format
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
@@ -87,6 +88,8 @@ class Evaluation:
     metrics: Mapping[str, Estimate]
     by_kind: Mapping[str, Mapping[str, Estimate]]
     records: Sequence[tuple[Task, Rollout]]
+    judge: Mapping[str, float] = field(default_factory=dict)
+    """Cost and disagreement of the judge (see `judge_metrics`); empty without one."""
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -135,10 +138,11 @@ def play(
     mode: Mode = "greedy",
     seed: Sequence[int] = (0,),
 ) -> list[tuple[Task, Rollout]]:
-    """Each question once, scored."""
+    """Each question once, scored; judged too where the setting has a judge."""
     temperature = 0.0 if mode == "greedy" else setting.config.temperature
     groups = draw(tasks, setting, engines, chat, limits=limits, temperature=temperature, seed=seed)
-    return [(task, setting.scored(task, group[0])) for task, group in zip(tasks, groups, strict=True)]
+    played = [(task, group[0]) for task, group in zip(tasks, groups, strict=True)]
+    return list(zip(tasks, setting.all_scored(played), strict=True))
 
 
 def summarised(name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]]) -> Evaluation:
@@ -151,6 +155,7 @@ def summarised(name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]]) -> 
         metrics=_estimates(counted),
         by_kind={kind: _estimates([p for p in counted if p[0].kind == kind]) for kind in kinds},
         records=pairs,
+        judge=judge_metrics(pairs),
     )
 
 
@@ -171,6 +176,7 @@ def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "mode": evaluation.mode,
         "metrics": plain(evaluation.metrics),
         "by_kind": {kind: plain(found) for kind, found in evaluation.by_kind.items()},
+        **({"judge": dict(evaluation.judge)} if evaluation.judge else {}),
     }
 
 
@@ -189,15 +195,20 @@ def evaluate(
     checkpoint: Checkpoint = "best",
     seed: int = 0,
     name: str | None = None,
+    judge: bool = True,
 ) -> Evaluation:
     """How well a policy answers questions: each one once, with bootstrap intervals.
 
     `run` is a run directory, a checkpoint folder or "embedded"; it plays with its run's tools and rewards. `tasks` are
     questions, a file of them or "atlas"; by default those of the run, of which `split` chooses (by default "test" of
-    the atlas and "validation" of a file). `limit` takes that many, evenly spaced. Raises RunError where every rollout
-    failed.
+    the atlas and "validation" of a file). `limit` takes that many, evenly spaced. A run's judge is asked too, unless
+    `judge` is False. Raises RunError where every rollout failed.
     """
     policy, config = run_policy(run, checkpoint)
+    if not judge:
+        config = without_judge(config)
+    if config.judge:
+        check_judge(config.judge)
     chosen, called = _chosen_tasks(config, tasks, split)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be >= 1; got {limit}; leave it out to play every question")
@@ -225,12 +236,12 @@ def rollouts(
     """`group_size` scored rollouts of every task, one list per task.
 
     `run` and `tasks` are as in `evaluate`; `options` are fields of `TrainConfig` that replace the run's own, such as
-    `tools`, `corpus` or `max_turns`.
+    `tools`, `corpus` or `max_turns`. A run's judge is not asked.
     """
     if group_size < 1:
         raise ConfigError(f"group_size must be >= 1; got {group_size}; give the number of rollouts per task")
     policy, config = run_policy(run, checkpoint)
-    config = dataclasses.replace(config, **options)
+    config = without_judge(dataclasses.replace(config, **options))
     setting = _setting(config, _chosen_tasks(config, tasks, None)[0])
     limits = rollout_limits(config, policy)
     check_prompts(setting, policy, limits)
@@ -301,7 +312,7 @@ def _chosen_tasks(
 ) -> tuple[Sequence[Task], str]:
     """The questions to play, and what they are called."""
     if tasks is None and config.tasks != ATLAS:
-        setting = make_setting(config)
+        setting = make_setting(without_judge(config))
         if split == "test":
             raise ConfigError(
                 "split of a run on your own questions must be train or validation; got 'test'; name a file as tasks"

@@ -2,7 +2,8 @@
 
 The built-in components are those of arXiv 2505.11821 (version 1, and appendix E of version 2), with
 its constants as `PAPER_WEIGHTS`. Each lies in [0, 1] before its weight. A user's own are functions
-in a Python file, named `turn_...` or `outcome_...`.
+in a Python file, named `turn_...` or `outcome_...`. Where a judge was asked (see `judge`), what it
+said is the components `judge_turn` and `judge_outcome`.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ PAPER_WEIGHTS: Mapping[str, float] = {
 }
 """The paper's six components and what each is worth; the first two belong to turns."""
 
+JUDGED = ("judge_turn", "judge_outcome")
+"""The components that a judge's scores are."""
+
 _WRITTEN_TAGS = ("reasoning", "tool", "answer")
 _TURN_PREFIX, _OUTCOME_PREFIX = "turn_", "outcome_"
 
@@ -46,13 +50,15 @@ def score(
 ) -> Rollout:
     """The rollout with its rewards: weight times value for every component of a nonzero weight.
 
-    `functions` are a user's own, of weight 1 unless `weights` has their name; a built-in component
+    `functions` are a user's own, of weight 1 unless `weights` has their name, and so are the scores
+    of the rollout's judgement, if it has one; what the judge left out is absent. A built-in component
     that `weights` does not name is left out. `definition` is that of exact match. A rollout that
     stopped with `error` gets no rewards, since what it would have earned is unknown; one that was
     cut off is scored as it stands. Raises ConfigError for an unknown component.
     """
     functions = functions or {}
-    kept = _weights(weights, functions)
+    judgement = rollout.judgement
+    kept = _weights(weights, [*functions, *(JUDGED if judgement else ())])
     if rollout.stop == "error":
         return dataclasses.replace(rollout, turn_rewards=(), outcome_rewards={})
     by_turn: dict[str, Sequence[float | None]] = {
@@ -65,6 +71,10 @@ def score(
         "xml_format": xml_format(rollout),
         "tag_usage": tag_usage(rollout),
     }
+    if judgement and judgement.turn_scores is not None:
+        by_turn["judge_turn"] = judgement.turn_scores
+    if judgement and judgement.outcome_score is not None:
+        outcome["judge_outcome"] = judgement.outcome_score
     for name, function in functions.items():
         if name not in kept:
             continue
@@ -86,14 +96,15 @@ def score(
     )
 
 
-def _weights(weights: Mapping[str, float], functions: Mapping[str, RewardFunction]) -> dict[str, float]:
-    """The nonzero weights, the functions' included."""
+def _weights(weights: Mapping[str, float], own: Sequence[str]) -> dict[str, float]:
+    """The nonzero weights, those included of components that weigh 1 unless told otherwise."""
+    known = dict.fromkeys([*PAPER_WEIGHTS, *JUDGED, *own])
     for name, weight in weights.items():
-        if name not in PAPER_WEIGHTS and name not in functions:
-            raise unknown_name("a reward component", name, [*PAPER_WEIGHTS, *functions])
+        if name not in known:
+            raise unknown_name("a reward component", name, known)
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of {name} must be finite; got {weight}; give 0 to leave it out")
-    return {n: w for n, w in {**dict.fromkeys(functions, 1.0), **weights}.items() if w != 0}
+    return {n: w for n, w in {**dict.fromkeys(own, 1.0), **weights}.items() if w != 0}
 
 
 # ---------------------------------------------------------------- components of a turn

@@ -9,7 +9,8 @@ from turnwise.atlas.world import hash_rank
 from turnwise.config import ATLAS, TrainConfig
 from turnwise.env import Environment, ToolEnvironment
 from turnwise.errors import InputError, unknown_name
-from turnwise.rewards import PAPER_WEIGHTS, RewardFunction, load_rewards, score
+from turnwise.judge import check_judge, judged
+from turnwise.rewards import JUDGED, PAPER_WEIGHTS, RewardFunction, load_rewards, score
 from turnwise.search import load_corpus, open_index, search_tool
 from turnwise.tasks import check_answers_in_corpus, load_tasks
 from turnwise.tools import Tool, load_tools
@@ -49,14 +50,23 @@ class Setting:
             definition=self.config.exact_match,
         )
 
+    def all_scored(self, pairs: Sequence[tuple[Task, Rollout]]) -> list[Rollout]:
+        """The rollouts with their rewards, judged first where a judge is configured. RunError as in `judged`."""
+        if self.config.judge:
+            pairs = judged(pairs, self.config.judge)
+        return [self.scored(task, rollout) for task, rollout in pairs]
+
 
 def make_setting(config: TrainConfig) -> Setting:
     """Reads everything a configuration names; bad input raises here, before any work starts."""
     train, validation = _tasks(config)
     rewards = load_rewards(config.rewards) if config.rewards else {}
+    known = [*PAPER_WEIGHTS, *JUDGED, *rewards]
     for name in config.reward_weights:
-        if name not in PAPER_WEIGHTS and name not in rewards:
-            raise unknown_name("a reward component", name, [*PAPER_WEIGHTS, *rewards])
+        if name not in known:
+            raise unknown_name("a reward component", name, known)
+    if config.judge:
+        check_judge(config.judge)
     return Setting(
         config=config,
         train=train,

@@ -43,6 +43,7 @@ from turnwise.evaluation import (
     rollout_limits,
     spread,
 )
+from turnwise.judge import is_judged, judge_metrics
 from turnwise.learning import update
 from turnwise.policy import load_policy
 from turnwise.rollout import sampled_tokens
@@ -234,11 +235,10 @@ class _Run:
             group_size=config.group_size,
             branches=config.branches,
         )
+        played = [(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group]
+        rollouts = self.setting.all_scored(played)
         rolled = time.perf_counter()
-        rollouts = [
-            self.setting.scored(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group
-        ]
-        kept = [r for r in rollouts if r.stop != "error"]
+        kept = [r for r in rollouts if r.stop != "error" and is_judged(r)]
         if not kept:
             raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
         at_once = parts_at_once(self.policy.model, config.threads or torch.get_num_threads())
@@ -252,11 +252,12 @@ class _Run:
         by_id = {task.id: task for task in tasks}
         metrics = {
             **mean_metrics([(by_id[r.task_id], r) for r in rollouts]),
+            **judge_metrics([(by_id[r.task_id], r) for r in rollouts]),
             **_reward_means(kept),
             **_credit_metrics(credited),
             **learning,
             "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in kept])),
-            "failed_rollouts": (len(rollouts) - len(kept)) / len(rollouts),
+            "failed_rollouts": sum(r.stop == "error" for r in rollouts) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in kept])),
             "sampled_tokens": float(self.sampled_tokens),
             "tokens_per_s": tokens / (ended - start),
@@ -269,7 +270,7 @@ class _Run:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
-        self.validation = mean_metrics(pairs)
+        self.validation = {**mean_metrics(pairs), **judge_metrics(pairs)}
         self._log(self.validation, display, split="validation")
         if self.validation.get("exact_match", -1.0) > self.best:
             self.best = self.validation["exact_match"]

@@ -86,6 +86,26 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a judge said of a rollout. What it was not asked for, or gave no valid reply to, is None."""
+
+    turn_scores: tuple[float, ...] | None = None
+    """One score per turn, in [-1, 1]."""
+    outcome_score: float | None = None
+    """The final answer's score, in [0, 1]."""
+    cached: bool = False
+    """Whether no request was made: the replies are those to equal questions, of this step or kept on disk."""
+    retried: int = 0
+    """Requests beyond the first ones: after failures of the connection or server, and after unusable replies."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    duration_s: float = 0.0
+    """Time from the first request to the last reply, pauses included."""
+    error: str | None = None
+    """Why something that was asked for is absent; None where all is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One finished run of a task: its turns in order, and how it ended."""
 
@@ -103,6 +123,8 @@ class Rollout:
     outcome_rewards: Mapping[str, float] = field(default_factory=dict)
     nodes: tuple[int, ...] = ()
     """Which node of its group's tree each turn is; rollouts that share a turn name the same node. Empty: no tree."""
+    judgement: Judgement | None = None
+    """What a judge said of it; None where none was asked."""
 
     @property
     def terminated(self) -> bool:
@@ -130,7 +152,13 @@ def rollout_from_json(line: str) -> Rollout:
     data["prompt_ids"] = tuple(data["prompt_ids"])
     data["turn_rewards"] = tuple(data["turn_rewards"])
     data["nodes"] = tuple(data.get("nodes", ()))  # records of before there were trees have none
-    return Rollout(turns=turns, **data)
+    judgement = data.pop("judgement", None)
+    return Rollout(turns=turns, judgement=_judgement(judgement) if judgement else None, **data)
+
+
+def _judgement(data: dict[str, Any]) -> Judgement:
+    scores = data.pop("turn_scores")
+    return Judgement(turn_scores=None if scores is None else tuple(scores), **data)
 
 
 def _turn(data: dict[str, Any]) -> Turn:
