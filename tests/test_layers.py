@@ -23,6 +23,7 @@ LAYERS = [
     "atlas",
     "tags",
     "search_tags",
+    "protocols",
     "env",
     "chat",
     "engine",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turnwise.config import ATLAS, TrainConfig
+from turnwise.config import ATLAS_HOPS, TrainConfig
 from turnwise.credit import ESTIMATORS
 from turnwise.errors import ConfigError, unknown_name
 
@@ -141,7 +141,7 @@ def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]
     from turnwise.setting import make_setting, named_tasks
 
     setting = make_setting(config)
-    held_out = named_tasks(ATLAS, "test") if config.tasks == ATLAS else setting.validation
+    held_out = named_tasks(config.tasks, "test") if config.tasks in ATLAS_HOPS else setting.validation
     return {"seen": spread(setting.train, size), "held-out": spread(held_out, size)}
 
 
@@ -159,7 +159,8 @@ def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
     for population, tasks in evaluation_tasks(config, size).items():
         for mode in ("greedy", "sampled"):
             pairs = play(tasks, setting, engine, loaded.chat, limits=limits, mode=mode)
-            found[f"{population}-{mode}"] = evaluation_to_dict(summarised(population, mode, pairs))["metrics"]
+            evaluation = summarised(population, mode, pairs, config.protocol)
+            found[f"{population}-{mode}"] = evaluation_to_dict(evaluation)["metrics"]
     return found
 
 

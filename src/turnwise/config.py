@@ -4,13 +4,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT
 from turnwise.errors import ConfigError, InputError, unknown_name
-from turnwise.rewards import PAPER_WEIGHTS
+from turnwise.protocols import ProtocolName, protocol_named
 
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
@@ -19,6 +19,8 @@ RECORDED = ("tokens", "anchor")
 """The optional columns of the turn table that training fills."""
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
+ATLAS_HOPS: Mapping[str, Literal[1, 2]] = {ATLAS: 1, "atlas-two-hop": 2}
+"""The embedded world's questions by name, and how many facts each needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class TrainConfig:
     policy: str = "embedded"
     """The start: "embedded", or a checkpoint folder."""
     tasks: str = ATLAS
-    """Training questions: "atlas", or a JSON-lines file (.jsonl or .jsonl.gz)."""
+    """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
     validation_tasks: str | None = None
     """Validation questions; by default the atlas's held-out ones, or a tenth of the training file."""
     corpus: str = ATLAS
@@ -46,11 +48,13 @@ class TrainConfig:
     """A Python file of tools to use instead of the search tool."""
     rewards: Path | None = None
     """A Python file of reward functions to use beside the built-in ones."""
-    reward_weights: dict[str, float] = field(default_factory=lambda: dict(PAPER_WEIGHTS))
-    """What each reward component is worth; the defaults are the paper's."""
+    reward_weights: dict[str, float] | None = None
+    """What each reward component is worth; by default the paper's, for the protocol."""
     exact_match: Literal["paper", "squad", "triviaqa"] = "squad"
     """Whose definition of exact match the rewards use."""
 
+    protocol: ProtocolName = "tools"
+    """The tags: "tools" calls tools in JSON; "search" writes queries alone, max-turns - 1 of them at most."""
     search_results: int = 1
     """Articles that a search returns."""
     result_chars: int = 600
@@ -128,6 +132,7 @@ class TrainConfig:
                 f"{self.estimator}: the ratio's gradient is the same for all tokens, so only the sum over turns would "
                 "count and turn credit be lost; take ratio 'turn'"
             )
+        protocol_named(self.protocol)
         _check_weights(self.reward_weights)
         if self.minibatches > self.tasks_per_step:
             raise ConfigError(
@@ -147,6 +152,8 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _check_weights(weights: Any) -> None:
+    if weights is None:
+        return
     if not isinstance(weights, dict):
         raise ConfigError(f"reward-weights must be a table of numbers by name; got {weights!r}; give one")
     for name, weight in weights.items():

@@ -8,7 +8,8 @@ or an answer block. What is found comes back in an information block, in a user 
 import re
 from collections.abc import Mapping
 
-from turnwise.tools import Tool
+from turnwise.errors import ConfigError
+from turnwise.tools import Tool, argument_fault
 from turnwise.types import Action, ToolCall, ToolResult
 
 TAGS = ("think", "search", "information", "answer")
@@ -34,6 +35,21 @@ def system_prompt(tools: Mapping[str, Tool]) -> str:
         "- give a short answer in <answer>.\n"
         "Close every tag, and write nothing outside of them."
     )
+
+
+def check_tools(tools: Mapping[str, Tool]) -> None:
+    """Raises ConfigError unless there is one tool, `search`, that can be called with a query alone."""
+    if list(tools) != [TOOL_NAME]:
+        raise ConfigError(
+            f"protocol 'search' must have one tool, named {TOOL_NAME!r}; got {', '.join(tools) or 'none'}; "
+            "keep that one alone, or take protocol 'tools'"
+        )
+    fault = argument_fault(tools[TOOL_NAME].parameters, {ARGUMENT: "words"})
+    if fault:
+        raise ConfigError(
+            f"the tool {TOOL_NAME!r} must be callable with a string {ARGUMENT!r} alone; got one where {fault}; "
+            "change its parameters, or take protocol 'tools'"
+        )
 
 
 def parse(text: str) -> Action:

@@ -87,6 +87,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     setting = make_setting(config)
+    config = setting.config
     run = _Run(config, setting)
     if resume:
         run.restore()
@@ -204,7 +205,7 @@ class _Run:
         tokens = sum(r.num_tokens for r in kept)
         by_id = {task.id: task for task in tasks}
         metrics = {
-            **mean_metrics([(by_id[r.task_id], r) for r in rollouts]),
+            **mean_metrics([(by_id[r.task_id], r) for r in rollouts], config.protocol),
             **_reward_means(kept),
             **_credit_metrics(table, credit),
             **learning,
@@ -220,7 +221,7 @@ class _Run:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engine, self.policy.chat, limits=self.limits)
-        self.validation = mean_metrics(pairs)
+        self.validation = mean_metrics(pairs, self.config.protocol)
         self._log(self.validation, display, split="validation")
         if self.validation.get("exact_match", -1.0) > self.best:
             self.best = self.validation["exact_match"]
