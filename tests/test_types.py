@@ -20,7 +20,7 @@ def rollout(text: str = "x", stop: str = "answer") -> Rollout:
                 sampling_logprobs=(-0.5, -0.25),
                 text=text,
                 action=called,
-                result=ToolResult(text=text, error="exception", duration_s=0.5),
+                result=ToolResult(text=text, error="exception", duration_s=0.5, documents=(text, "b")),
                 reply_ids=(6, 7, 8),
             ),
             Turn(action_ids=(9,), sampling_logprobs=(-1.0,), text="", action=Action(answer=text)),
@@ -62,3 +62,11 @@ def test_an_absent_reward_stays_absent():
     again = rollout_from_json(rollout().to_json())
     assert again.turn_rewards == ({"tool_execution": 0.2}, {})
     assert json.loads(rollout().to_json())["turn_rewards"][1] == {}
+
+
+def test_a_rollout_that_was_recorded_before_results_named_documents_still_reads():
+    data = json.loads(rollout().to_json())
+    del data["turns"][0]["result"]["documents"]
+    again = rollout_from_json(json.dumps(data))
+    assert again.turns[0].result == ToolResult(text="x", error="exception", duration_s=0.5)
+    assert again.turns[0].result.documents is None

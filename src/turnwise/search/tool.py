@@ -55,10 +55,12 @@ def hits_text(hits: Sequence[ArticleLike]) -> str:
     return _SPACE.join(_blocks(hits)) or NO_RESULTS
 
 
-def _found(hits: Sequence[ArticleLike], cap: int) -> Found:
-    """What the agent reads, and the ids of the articles that begin within the cap; those without an id are left out."""
+def _found(hits: Sequence[ArticleLike], cap: int) -> str:
+    """What the agent reads, with the ids of the articles that begin within the cap; without, where one has no id."""
+    if not all(hit.id for hit in hits):
+        return hits_text(hits)
     ends = accumulate(len(block) + len(_SPACE) for block in _blocks(hits))
-    seen = [hit.id for hit, start in zip(hits, (0, *ends), strict=False) if start < cap and hit.id]
+    seen = [hit.id for hit, start in zip(hits, (0, *ends), strict=False) if start < cap]
     return Found(hits_text(hits), seen)
 
 
