@@ -2,21 +2,27 @@
 
 import asyncio
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
 from turnwise import atlas
 from turnwise.chat import byte_chat
 from turnwise.config import TrainConfig
+from turnwise.convert import convert
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
 from turnwise.errors import ConfigError
 from turnwise.evaluation import mean_metrics, rollout_metrics, summarised
 from turnwise.rewards import SEARCH_WEIGHTS, score
 from turnwise.rollout import Limits, run_rollout
-from turnwise.search import open_index, search_tool
+from turnwise.rundir import read_config
+from turnwise.search import load_corpus, open_index, search_tool
 from turnwise.setting import ASKED_SHARE, make_setting, named_tasks, training_rank
+from turnwise.tasks import load_tasks
 from turnwise.tools import Found, Tool, tool, tool_mapping
+from turnwise.training import train
 from turnwise.types import Rollout, Task
 
 CHAT = byte_chat()
@@ -303,3 +309,42 @@ def test_a_tools_file_that_the_protocol_cannot_call_is_refused(tmp_path):
     file.write_text('def lookup(word: str) -> str:\n    """Looks a word up."""\n    return word\n')
     with pytest.raises(ConfigError, match="protocol 'search' must have one tool, named 'search'; got lookup"):
         make_setting(TrainConfig(protocol="search", tools=file))
+
+
+# -------------------------------------------------------------------------------- real input
+
+MULTIHOP = Path(__file__).parents[2] / "shared/data/multihop"
+
+
+@pytest.mark.skipif(not MULTIHOP.is_dir(), reason="needs the shared data folder")
+@pytest.mark.parametrize("name", ["hotpotqa", "musique"])
+def test_a_public_multi_hop_set_converts_is_searched_and_trained_on(tmp_path: Path, checkpoint: Path, name: str):
+    done = convert(MULTIHOP / f"{name}_100_questions.json", tmp_path / "t.jsonl")
+    assert done.corpus_path is not None
+    titles = {article.id: article.title for article in load_corpus(done.corpus_path)}
+    tools: dict[str, Tool] = {"search": search_tool(open_index(done.corpus_path, cache=tmp_path), k=3)}
+    pairs = []
+    for task in load_tasks(done.tasks_path):
+        asked = [find(titles[article]) for article in task.metadata["articles"]]
+        pairs.append((task, played(*asked, answer(task.answers[0]), tools=tools, task=task)))
+    means = mean_metrics(pairs, "search")
+    assert means["gold_found"] > 0.95, "each gold article is found by its title"
+    assert means["exact_match"] == 1.0
+    result = train(
+        policy=str(checkpoint),
+        tasks=str(done.tasks_path),
+        corpus=str(done.corpus_path),
+        protocol="search",
+        max_turns=3,
+        max_turn_tokens=8,
+        steps=2,
+        tasks_per_step=2,
+        group_size=2,
+        minibatches=1,
+        validation_size=2,
+        out=tmp_path / "run",
+    )
+    assert result.finished
+    assert read_config(tmp_path / "run").reward_weights == SEARCH_WEIGHTS
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["metrics"]
+    assert {"gold_found", "useful_searches", "redundant_searches", "final_format"} <= set(last)
