@@ -318,11 +318,14 @@ MULTIHOP = Path(__file__).parents[2] / "shared/data/multihop"
 
 @pytest.mark.skipif(not MULTIHOP.is_dir(), reason="needs the shared data folder")
 @pytest.mark.parametrize("name", ["hotpotqa", "musique"])
-def test_a_public_multi_hop_set_converts_is_searched_and_trained_on(tmp_path: Path, checkpoint: Path, name: str):
+def test_a_public_multi_hop_set_converts_is_searched_and_trained_on(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     done = convert(MULTIHOP / f"{name}_100_questions.json", tmp_path / "t.jsonl")
     assert done.corpus_path is not None
     titles = {article.id: article.title for article in load_corpus(done.corpus_path)}
-    tools: dict[str, Tool] = {"search": search_tool(open_index(done.corpus_path, cache=tmp_path), k=3)}
+    tools: dict[str, Tool] = {"search": search_tool(open_index(done.corpus_path), k=3)}
     pairs = []
     for task in load_tasks(done.tasks_path):
         asked = [find(titles[article]) for article in task.metadata["articles"]]
