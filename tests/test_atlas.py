@@ -315,6 +315,17 @@ def test_two_hops_that_lead_back_to_the_question_are_left_out():
     assert [t.metadata["relation"] for t in atlas.tasks("train", hops=2, of=of)] == ["planet type"]
 
 
+def test_two_hops_whose_question_names_the_entity_between_them_are_left_out():
+    mountain = kind("mountain", relation("country", "country", link="country"))
+    values = {"capital": "Nairobi", "continent": "Africa"}
+    peaks = [
+        atlas.Entity(name=name, kind="mountain", values={"country": "Kenya"}) for name in ("Mount Kenya", "Batian")
+    ]
+    entities = (atlas.Entity(name="Kenya", kind="country", values=values), *peaks)
+    of = atlas.World({"country": KINDS["country"], "mountain": mountain}, entities)
+    assert {t.metadata["entity"] for t in atlas.tasks("train", hops=2, of=of)} == {"Batian"}
+
+
 def test_an_article_of_an_invented_entity_states_every_value_once():
     values = {"capital": "Zib", "language": "", "continent": "Oria"}
     text = atlas.article_text(KINDS["country"], "Zorland", values, random.Random(3))

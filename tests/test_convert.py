@@ -84,6 +84,7 @@ def test_squad_2_leaves_unanswerable_questions_out_and_counts_them(tmp_path):
     assert (done.format, done.tasks, done.skipped, done.articles) == ("squad", 1, 1, 1)
     (task,) = load_tasks(done.tasks_path)
     assert task.answers == ("Nairobi",)
+    assert task.metadata == {"articles": ["p0"]}
     assert done.corpus_path is not None
     (article,) = load_corpus(done.corpus_path)
     assert (article.title, article.text) == ("Nairobi City", "Nairobi is the capital.")
@@ -94,7 +95,7 @@ def test_2wiki_is_read_as_hotpotqa(tmp_path):
     assert done.format == "hotpotqa"
     (task,) = load_tasks(done.tasks_path)
     assert (task.kind, task.answers) == ("compositional", ("Oslo",))
-    assert task.metadata == {"supporting_titles": ["It", "Ada"]}
+    assert task.metadata == {"supporting_titles": ["It", "Ada"], "articles": ["p0", "p1"]}
     assert done.corpus_path is not None
     texts = [article.text for article in load_corpus(done.corpus_path)]
     assert texts == ["It is a film. Its maker is Ada.", "Born in Oslo."]
@@ -108,7 +109,32 @@ def test_musique_is_read_from_json_lines_too(tmp_path):
     assert (done.format, done.tasks, done.skipped, done.articles) == ("musique", 1, 1, 2)
     (task,) = load_tasks(done.tasks_path)
     assert (task.kind, task.answers) == ("2hop", ("One", "1"))
-    assert task.metadata == {"supporting_titles": ["A"]}
+    assert task.metadata == {"supporting_titles": ["A"], "articles": ["p0"]}
+
+
+def test_gold_passages_of_musique_stand_in_the_order_of_the_hops(tmp_path):
+    # The first step is answered by paragraph 1, the second by paragraph 0.
+    steps = [{"paragraph_support_idx": 1}, {"paragraph_support_idx": 0}]
+    paragraphs = [{**p, "is_supporting": True} for p in HOP["paragraphs"]]
+    done = convert(
+        source(tmp_path, [{**HOP, "paragraphs": paragraphs, "question_decomposition": steps}]), tmp_path / "t.jsonl"
+    )
+    (task,) = load_tasks(done.tasks_path)
+    assert task.metadata == {"supporting_titles": ["B", "A"], "articles": ["p1", "p0"]}
+
+
+def test_a_passage_that_two_questions_share_has_one_id(tmp_path):
+    other = {**WIKI, "_id": "w2", "context": [["New", ["A text."]], *WIKI["context"]]}
+    done = convert(source(tmp_path, [WIKI, other]), tmp_path / "t.jsonl")
+    assert [task.metadata["articles"] for task in load_tasks(done.tasks_path)] == [["p0", "p1"], ["p0", "p1"]]
+    assert done.articles == 3
+
+
+@pytest.mark.parametrize("context", [WIKI["context"][:1], [WIKI["context"][0], ["Ada", [" "]]]])
+def test_a_question_whose_gold_passage_is_missing_names_no_articles(tmp_path, context):
+    done = convert(source(tmp_path, [{**WIKI, "context": context, "answer": "film"}]), tmp_path / "t.jsonl")
+    (task,) = load_tasks(done.tasks_path)
+    assert task.metadata == {"supporting_titles": ["It", "Ada"]}
 
 
 def test_the_same_source_gives_the_same_bytes_compressed_or_not(tmp_path):
@@ -180,3 +206,14 @@ def test_the_real_files_convert_and_their_passages_hold_the_answers(tmp_path, na
     texts = [article.text for article in load_corpus(done.corpus_path)]
     share = check_answers_in_corpus(load_tasks(done.tasks_path), texts)
     assert share > 0.9 if format != "squad" else share > 0.99
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["hotpotqa", "musique"])
+def test_the_real_multi_hop_questions_name_gold_articles_with_the_supporting_titles(tmp_path, name):
+    done = convert(DATA / f"multihop/{name}_100_questions.json", tmp_path / "t.jsonl")
+    assert done.corpus_path is not None
+    titles = {article.id: article.title for article in load_corpus(done.corpus_path)}
+    for task in load_tasks(done.tasks_path):
+        assert len(task.metadata["articles"]) >= 2
+        assert list(dict.fromkeys(titles[a] for a in task.metadata["articles"])) == task.metadata["supporting_titles"]

@@ -22,6 +22,8 @@ LAYERS = [
     "search",
     "atlas",
     "tags",
+    "search_tags",
+    "protocols",
     "env",
     "chat",
     "engine",

@@ -377,6 +377,18 @@ def test_the_tool_takes_one_query_and_gives_title_and_text():
     assert called(tool, q="Kenya").error == "bad_arguments"
 
 
+def test_a_result_names_the_articles_that_it_shows():
+    index = SearchIndex(WORLD)
+    assert called(search_tool(index), query="Kenya").documents == ("a1",)
+    assert called(search_tool(index, k=2), query="the capital").documents == ("a1", "a2")
+    assert called(search_tool(index), query="xylophone").documents == ()
+    # "1. Kenya\nIt is a country. The capital is Nairobi.\n\n" is 51 characters: the second begins after them.
+    assert len(f"1. Kenya\n{KENYA.text}\n\n") == 51
+    assert called(search_tool(index, k=2, cap=51), query="the capital").documents == ("a1",)
+    assert called(search_tool(index, k=2, cap=52), query="the capital").documents == ("a1", "a2")
+    assert called(search_tool(index), q="Kenya").documents is None
+
+
 def test_several_hits_are_numbered_and_none_is_no_error():
     tool = search_tool(SearchIndex(WORLD), k=2)
     assert called(tool, query="the capital").text == (f"1. Kenya\n{KENYA.text}\n\n2. Peru\n{PERU.text}")
@@ -505,7 +517,31 @@ def test_the_remote_tool_says_what_the_local_one_says(url):
         assert (remote.name, remote.description) == (local.name, local.description)
         assert remote.parameters == local.parameters
         for query in ("the capital", "xylophone", "Kenya?"):
-            assert called(remote, query=query).text == called(local, query=query).text
+            one, other = called(remote, query=query), called(local, query=query)
+            assert (one.text, one.documents) == (other.text, other.documents)
+
+
+def answering(status: int, body: bytes) -> type[BaseHTTPRequestHandler]:
+    """A server that answers every request alike."""
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Answering
+
+
+def test_a_server_that_gives_no_ids_leaves_the_documents_unknown():
+    body = b'{"result": [[{"document": {"contents": "Kenya\\nA country."}}]]}'
+    with running(HTTPServer(("127.0.0.1", 0), answering(200, body))) as address:
+        result = called(remote_search_tool(address, timeout_s=5.0), query="Kenya")
+    assert (result.text, result.error, result.documents) == ("Kenya\nA country.", None, None)
 
 
 def test_a_search_server_that_is_down_is_an_error_result():
@@ -529,17 +565,7 @@ def test_a_search_server_that_is_down_is_an_error_result():
     ],
 )
 def test_a_search_server_that_answers_nonsense_is_an_error_result(status, body, expected):
-    class Nonsense(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with running(HTTPServer(("127.0.0.1", 0), Nonsense)) as address:
+    with running(HTTPServer(("127.0.0.1", 0), answering(status, body))) as address:
         result = called(remote_search_tool(address, timeout_s=5.0), query="Kenya")
     assert result.error == "exception"
     assert expected in result.text

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnwise.errors import ConfigError, InputError, ToolError
-from turnwise.tools import CUT_MARK, Tool, call_tool, capped, load_tools, tool, tool_mapping
+from turnwise.tools import CUT_MARK, Found, Tool, call_tool, capped, load_tools, tool, tool_mapping
 from turnwise.types import ToolCall, ToolResult
 
 
@@ -377,3 +377,22 @@ def test_a_cap_without_room_for_the_mark_is_refused():
     with pytest.raises(ConfigError, match="result_cap of tool 'search' must be > 2"):
         tool(search, result_cap=2)
     assert isinstance(tool(search, result_cap=3), Tool)
+
+
+def test_a_tool_may_say_which_articles_its_text_holds():
+    def search(query: str) -> str:
+        """Looks up a query."""
+        return Found(f"about {query}", ["a", "b"])
+
+    def other(query: str) -> str:
+        """Says a query."""
+        return query
+
+    tools = tool_mapping([tool(search), tool(other)])
+
+    def documents(name: str, **arguments: str):
+        return asyncio.run(call_tool(tools, ToolCall(name=name, arguments=arguments))).documents
+
+    assert documents("search", query="x") == ("a", "b")
+    assert documents("other", query="x") is None
+    assert documents("search", q="x") is None

@@ -21,7 +21,7 @@ def rollout(text: str = "x", stop: str = "answer") -> Rollout:
                 sampling_logprobs=(-0.5, -0.25),
                 text=text,
                 action=called,
-                result=ToolResult(text=text, error="exception", duration_s=0.5),
+                result=ToolResult(text=text, error="exception", duration_s=0.5, documents=(text, "b")),
                 reply_ids=(6, 7, 8),
             ),
             Turn(action_ids=(9,), sampling_logprobs=(-1.0,), text="", action=Action(answer=text)),
@@ -71,3 +71,11 @@ def test_nodes_come_back_and_records_without_them_are_chains():
     old = json.loads(rollout().to_json())
     del old["nodes"]
     assert rollout_from_json(json.dumps(old)) == rollout()
+
+
+def test_a_rollout_that_was_recorded_before_results_named_documents_still_reads():
+    data = json.loads(rollout().to_json())
+    del data["turns"][0]["result"]["documents"]
+    again = rollout_from_json(json.dumps(data))
+    assert again.turns[0].result == ToolResult(text="x", error="exception", duration_s=0.5)
+    assert again.turns[0].result.documents is None

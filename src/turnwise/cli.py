@@ -376,7 +376,7 @@ def evaluate(
 
     Args:
         run: A run directory, a checkpoint folder, or "embedded".
-        tasks: "atlas" or a file of questions; by default the run's own.
+        tasks: "atlas", "atlas-two-hop" or a file of questions; by default the run's own.
         split: Which of them; by default the atlas's test split, or a file's validation questions.
         mode: Take the most probable tokens, or draw them as in training.
         limit: Play so many questions, evenly spaced over all of them.
@@ -467,7 +467,8 @@ def ask(
         console.print(turn_panel(turns, text, step))
 
     task = Task(id="question", question=question, answers=())
-    environment = ToolEnvironment(task, make_tools(config, ()), max_turns=config.max_turns)
+    tools = make_tools(config, ())
+    environment = ToolEnvironment(task, tools, max_turns=config.max_turns, protocol=config.protocol)
     rollout = asyncio.run(
         run_rollout(
             task,

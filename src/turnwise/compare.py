@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turnwise.config import ATLAS, TrainConfig, config_from_dict, config_to_dict, read_config_file
+from turnwise.config import ATLAS_HOPS, TrainConfig, config_from_dict, config_to_dict, read_config_file
 from turnwise.errors import ConfigError, InputError
 
 METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
@@ -158,7 +158,7 @@ def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]
     from turnwise.setting import make_setting, named_tasks
 
     setting = make_setting(config)
-    held_out = named_tasks(ATLAS, "test") if config.tasks == ATLAS else setting.validation
+    held_out = named_tasks(config.tasks, "test") if config.tasks in ATLAS_HOPS else setting.validation
     return {"seen": spread(setting.train, size), "held-out": spread(held_out, size)}
 
 
@@ -176,7 +176,8 @@ def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
     for population, tasks in evaluation_tasks(config, size).items():
         for mode in ("greedy", "sampled"):
             pairs = play(tasks, setting, engines, loaded.chat, limits=limits, mode=mode)
-            found[f"{population}-{mode}"] = evaluation_to_dict(summarised(population, mode, pairs))["metrics"]
+            evaluation = summarised(population, mode, pairs, config.protocol)
+            found[f"{population}-{mode}"] = evaluation_to_dict(evaluation)["metrics"]
     return found
 
 

@@ -4,14 +4,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.judge import JudgeConfig
-from turnwise.rewards import JUDGED, PAPER_WEIGHTS
+from turnwise.protocols import ProtocolName, protocol_named
+from turnwise.rewards import DEFAULT_WEIGHTS, JUDGED
 from turnwise.rollout import check_branches
 
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
@@ -31,6 +32,8 @@ CRITICS = ("own", "shared")
 AGGREGATIONS = ("sequence-mean", "token-mean", "turn-mean", "constant")
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
+ATLAS_HOPS: Mapping[str, Literal[1, 2]] = {ATLAS: 1, "atlas-two-hop": 2}
+"""The embedded world's questions by name, and how many facts each needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class TrainConfig:
     policy: str = "embedded"
     """The start: "embedded", or a checkpoint folder."""
     tasks: str = ATLAS
-    """Training questions: "atlas", or a JSON-lines file (.jsonl or .jsonl.gz)."""
+    """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
     validation_tasks: str | None = None
     """Validation questions; by default the atlas's held-out ones, or a tenth of the training file."""
     corpus: str = ATLAS
@@ -73,8 +76,8 @@ class TrainConfig:
     """A Python file of tools to use instead of the search tool."""
     rewards: Path | None = None
     """A Python file of reward functions to use beside the built-in ones."""
-    reward_weights: dict[str, float] = field(default_factory=lambda: dict(PAPER_WEIGHTS))
-    """What each reward component is worth; the defaults are the paper's."""
+    reward_weights: dict[str, float] | None = None
+    """What each reward component is worth; by default the paper's, for the protocol."""
     exact_match: Literal["paper", "squad", "triviaqa"] = "squad"
     """Whose definition of exact match the rewards use."""
 
@@ -95,6 +98,8 @@ class TrainConfig:
     judge_cache: Path | None = None
     """Folder of the judge's replies; by default in the user's cache folder."""
 
+    protocol: ProtocolName = "tools"
+    """The tags: "tools" calls tools in JSON; "search" writes queries alone, max-turns - 1 of them at most."""
     search_results: int = 1
     """Articles that a search returns."""
     result_chars: int = 600
@@ -176,6 +181,7 @@ class TrainConfig:
             )
         if self.token_budget is not None:
             _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
+        protocol_named(self.protocol)
         _check_weights(self.reward_weights)
         self._check_judge()
         if self.minibatches > self.tasks_per_step:
@@ -212,16 +218,21 @@ class TrainConfig:
                 "judge-url, or weigh one of them"
             )
         given = [name for name in _JUDGE_OPTIONS if getattr(self, name) is not None]
-        given += [name for name in JUDGED if self.reward_weights.get(name)]
+        given += [name for name in JUDGED if self.weights.get(name)]
         if given:
             raise ConfigError(
                 f"{given[0].replace('_', '-')} must come with a judge; there is no judge-url; name the endpoint"
             )
 
     @property
+    def weights(self) -> Mapping[str, float]:
+        """What each reward component is worth: `reward_weights`, or the protocol's."""
+        return DEFAULT_WEIGHTS[self.protocol] if self.reward_weights is None else self.reward_weights
+
+    @property
     def judge(self) -> JudgeConfig | None:
         """The judge, asked for the components of a nonzero weight; None where there is none or nothing to ask."""
-        turns, outcome = (self.reward_weights.get(name, 1.0) != 0 for name in JUDGED)
+        turns, outcome = (self.weights.get(name, 1.0) != 0 for name in JUDGED)
         if self.judge_url is None or not (turns or outcome):
             return None
         return JudgeConfig(
@@ -288,6 +299,8 @@ def _check_number(name: str, value: Any, low: float, high: float, *, whole: bool
 
 
 def _check_weights(weights: Any) -> None:
+    if weights is None:
+        return
     if not isinstance(weights, dict):
         raise ConfigError(f"reward-weights must be a table of numbers by name; got {weights!r}; give one")
     for name, weight in weights.items():
@@ -334,7 +347,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 def without_judge(config: TrainConfig) -> TrainConfig:
     """The configuration with nobody to judge; its judge's rewards are absent then."""
-    weights = {name: weight for name, weight in config.reward_weights.items() if name not in JUDGED}
+    given = config.reward_weights
+    weights = None if given is None else {name: weight for name, weight in given.items() if name not in JUDGED}
     nobody = dict.fromkeys(["judge_url", *_JUDGE_OPTIONS])
     return dataclasses.replace(config, reward_weights=weights, **nobody)
 

@@ -6,6 +6,7 @@ HotpotQA (Yang et al., 2018) and 2WikiMultihopQA (Ho et al., 2020), which share 
 """
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -42,6 +43,7 @@ class Converted:
 def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"] = "auto") -> Converted:
     """Writes a question set's tasks to `out` and its passages, each once, to a corpus beside it.
 
+    A task's metadata has under `articles` the ids, in that corpus, of the passages that hold its answer.
     `out` ends in `.jsonl` or `.jsonl.gz`; of `x.jsonl` the corpus is `x.corpus.jsonl.gz`. The same
     source gives the same bytes. Raises InputError where the source is not of the format or has a
     question without answers that is not marked as unanswerable, RunError where `out` cannot be
@@ -58,18 +60,20 @@ def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"
         found = [*_READERS[kind](data)]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(_not_of_format(source, kind, error)) from error
-    tasks = [task for task, _ in found if task]
+    ids: dict[Passage, str] = {}
+    for passage in (p for _, passages, _ in found for p in passages if p[1].strip()):
+        ids.setdefault(passage, f"p{len(ids)}")
+    tasks = [_with_articles(task, gold, ids) for task, _, gold in found if task]
     _check_tasks(tasks, source)
-    passages = list(dict.fromkeys(p for _, passages in found for p in passages if p[1].strip()))
-    corpus = out.with_name(f"{out.name.split('.jsonl')[0]}.corpus.jsonl.gz") if passages else None
+    corpus = out.with_name(f"{out.name.split('.jsonl')[0]}.corpus.jsonl.gz") if ids else None
     if corpus:
-        _write_lines(corpus, map(_article_line, range(len(passages)), passages))
+        _write_lines(corpus, map(_article_line, ids.items()))
     _write_lines(out, map(task_line, tasks))
     return Converted(
         format=kind,
         tasks=len(tasks),
-        skipped=sum(task is None for task, _ in found),
-        articles=len(passages),
+        skipped=sum(task is None for task, _, _ in found),
+        articles=len(ids),
         tasks_path=out,
         corpus_path=corpus,
     )
@@ -77,8 +81,9 @@ def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"
 
 # ------------------------------------------------------------------------------ the formats
 
-Question = tuple[Task | None, list[Passage]]
-"""A task, or None where the question is marked as unanswerable, and the passages it came with."""
+Question = tuple[Task | None, list[Passage], list[Passage]]
+"""A task, or None where the question is marked as unanswerable; the passages it came with; those of them
+that hold its answer, for several hops in their order where the file tells it, and none where one is missing."""
 
 
 def _triviaqa(data: Any) -> Iterator[Question]:
@@ -86,7 +91,7 @@ def _triviaqa(data: Any) -> Iterator[Question]:
         answer = question["Answer"]
         given = [answer["Value"], *answer.get("Aliases", ()), *answer.get("HumanAnswers", ())]
         name, text = question["QuestionId"], question["Question"]
-        yield Task(id=name, question=text, answers=_unique(given)), []
+        yield Task(id=name, question=text, answers=_unique(given)), [], []
 
 
 def _squad(data: Any) -> Iterator[Question]:
@@ -95,7 +100,7 @@ def _squad(data: Any) -> Iterator[Question]:
         for paragraph in article["paragraphs"]:
             passages = [(title, paragraph["context"])]
             for question in paragraph["qas"]:
-                yield (None if question.get("is_impossible") else _squad_task(question)), passages
+                yield (None if question.get("is_impossible") else _squad_task(question)), passages, passages
 
 
 def _squad_task(question: Mapping[str, Any]) -> Task:
@@ -105,11 +110,8 @@ def _squad_task(question: Mapping[str, Any]) -> Task:
 
 def _hotpotqa(data: Any) -> Iterator[Question]:
     for question in data:
-        facts = question.get("supporting_facts", ())
-        metadata = {
-            "level": question.get("level"),
-            "supporting_titles": list(dict.fromkeys(title for title, _ in facts)),
-        }
+        titles = list(dict.fromkeys(title for title, _ in question.get("supporting_facts", ())))
+        metadata = {"level": question.get("level"), "supporting_titles": titles}
         task = Task(
             id=question["_id"],
             question=question["question"],
@@ -117,8 +119,10 @@ def _hotpotqa(data: Any) -> Iterator[Question]:
             kind=question.get("type", ""),
             metadata={name: value for name, value in metadata.items() if value},
         )
-        context = question.get("context", ())
-        yield task, [(title, _joined(sentences)) for title, sentences in context]
+        passages = [(title, _joined(sentences)) for title, sentences in question.get("context", ())]
+        by_title = dict(passages)
+        gold = [(title, by_title[title]) for title in titles if title in by_title]
+        yield task, passages, gold if len(gold) == len(titles) else []
 
 
 def _joined(sentences: list[str]) -> str:
@@ -129,16 +133,26 @@ def _joined(sentences: list[str]) -> str:
 def _musique(data: Any) -> Iterator[Question]:
     for question in data:
         paragraphs = question.get("paragraphs", ())
-        passages = [(p["title"], p["paragraph_text"]) for p in paragraphs]
-        gold = dict.fromkeys(p["title"] for p in paragraphs if p.get("is_supporting"))
+        gold = _in_hop_order([p for p in paragraphs if p.get("is_supporting")], question)
+        titles = list(dict.fromkeys(p["title"] for p in gold))
         task = Task(
             id=question["id"],
             question=question["question"],
             answers=_unique([question["answer"], *question.get("answer_aliases", ())]),
             kind=question["id"].split("_")[0],
-            metadata={"supporting_titles": list(gold)} if gold else {},
+            metadata={"supporting_titles": titles} if titles else {},
         )
-        yield (task if question.get("answerable", True) else None), passages
+        yield (task if question.get("answerable", True) else None), [*map(_passage, paragraphs)], [*map(_passage, gold)]
+
+
+def _passage(paragraph: Mapping[str, Any]) -> Passage:
+    return paragraph["title"], paragraph["paragraph_text"]
+
+
+def _in_hop_order(gold: list[Mapping[str, Any]], question: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Supporting paragraphs by the step of the question that each answers; the others last."""
+    steps = [step.get("paragraph_support_idx") for step in question.get("question_decomposition", ())]
+    return sorted(gold, key=lambda p: steps.index(p["idx"]) if p.get("idx") in steps else len(steps))
 
 
 _READERS: dict[str, Callable[[Any], Iterable[Question]]] = {
@@ -165,6 +179,14 @@ def _recognised(data: Any, source: Path) -> Format:
         f"{source} must be of one of the formats {', '.join(FORMATS)}; got {shown(fields)}; "
         "fetch the question set's own file"
     )
+
+
+def _with_articles(task: Task, gold: list[Passage], ids: Mapping[Passage, str]) -> Task:
+    """The task with the ids of its gold passages in the corpus, as `articles`, where all are there."""
+    articles = list(dict.fromkeys(ids[passage] for passage in gold if passage in ids))
+    if not articles or not all(passage in ids for passage in gold):
+        return task
+    return dataclasses.replace(task, metadata={**task.metadata, "articles": articles})
 
 
 def _unique(answers: Iterable[str]) -> tuple[str, ...]:
@@ -213,9 +235,9 @@ def _load(source: Path) -> Any:
         raise InputError(f"{source} must hold JSON; got {error}; fetch it again") from error
 
 
-def _article_line(number: int, passage: Passage) -> str:
-    title, text = passage
-    return json.dumps({"id": f"p{number}", "title": title, "text": text}, ensure_ascii=False)
+def _article_line(entry: tuple[Passage, str]) -> str:
+    (title, text), name = entry
+    return json.dumps({"id": name, "title": title, "text": text}, ensure_ascii=False)
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -230,6 +230,20 @@ EVALUATED = {
     "turns": "turns",
 }
 """The columns of an evaluation's table."""
+SEARCHED = {
+    "well_called": "well\ncalled",
+    "gold_found": "gold\nfound",
+    "answer_in_results": "answer in\nresults",
+    "exact_match": "exact\nmatch",
+    "f1": "F1",
+    "final_format": "final\nformat",
+    "searches": "searches",
+    "redundant_searches": "redundant\nsearches",
+    "turns": "turns",
+}
+"""The same where protocol `search` was played; a column that no question has is left out."""
+COUNTED = ("searches", "redundant_searches", "turns")
+"""The columns that are no shares."""
 
 
 def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
@@ -237,18 +251,21 @@ def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
     table = Table(title=Text(one_line(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("questions", justify="right")
-    for name in EVALUATED.values():
-        table.add_column(name, justify="right")
+    means = evaluation["metrics"]
+    titles = SEARCHED if "final_format" in means else EVALUATED
+    columns = [name for name in titles if name in means]
+    for name in columns:
+        table.add_column(titles[name], justify="right")
     kinds = evaluation["by_kind"] if len(evaluation["by_kind"]) > 1 else {}
-    for kind, estimates in {"all": evaluation["metrics"], **kinds}.items():
+    for kind, estimates in {"all": means, **kinds}.items():
         count = next(iter(estimates.values()))["n"]
-        cells = [Text(_estimate(name, estimates[name])) for name in EVALUATED]
+        cells = [Text(_estimate(name, estimates[name]) if name in estimates else "-") for name in columns]
         table.add_row(Text(one_line(kind) or "no kind"), Text(str(count)), *cells)
     return table
 
 
 def _estimate(name: str, estimate: Mapping[str, float]) -> str:
-    if name == "turns":
+    if name in COUNTED:
         return f"{estimate['mean']:.2f}"
     low, high = estimate["low"], estimate["high"]
     return f"{100 * estimate['mean']:.1f}\n{100 * low:.0f}–{100 * high:.0f}"

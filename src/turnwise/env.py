@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from turnwise.errors import ConfigError
-from turnwise.tags import parse, result_text, system_prompt
+from turnwise.protocols import ProtocolName, protocol_named, reply_text
 from turnwise.tools import Tool, call_tool, error_result
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
@@ -47,16 +47,21 @@ def forked(environment: Environment) -> Environment:
 
 
 class ToolEnvironment:
-    """Tool calls under the tags of `turnwise.tags`, and then an answer, within `max_turns` turns.
+    """Tool calls and then an answer, in the tags of a protocol, within `max_turns` turns.
 
     Every turn counts, the answering one included, so a rollout can use `max_turns` - 1 calls. A
     call that fails or cannot be read is answered by an error result and costs its turn. A call in
-    the last turn is not executed: the rollout stops with `max_turns`.
+    the last turn is not executed: the rollout stops with `max_turns`. Protocol `search` says before
+    the last turn that it must answer.
     """
 
-    def __init__(self, task: Task, tools: Mapping[str, Tool], *, max_turns: int = 2) -> None:
+    def __init__(
+        self, task: Task, tools: Mapping[str, Tool], *, max_turns: int = 2, protocol: ProtocolName = "tools"
+    ) -> None:
         if max_turns < 1:
             raise ConfigError(f"max_turns must be >= 1; got {max_turns}; 2 allows one tool call and an answer")
+        self._protocol = protocol_named(protocol)
+        self._protocol.check_tools(tools)
         self._task = task
         self._tools = tools
         self._turns_left = max_turns
@@ -64,7 +69,7 @@ class ToolEnvironment:
     def start(self) -> tuple[Message, ...]:
         """The rules as system message, the question as user message."""
         return (
-            Message(role="system", content=system_prompt(self._tools)),
+            Message(role="system", content=self._protocol.system_prompt(self._tools)),
             Message(role="user", content=self._task.question),
         )
 
@@ -73,17 +78,14 @@ class ToolEnvironment:
         if self._turns_left == 0:
             raise RuntimeError("an environment plays one rollout; this one has stopped")
         self._turns_left -= 1
-        action = parse(text)
+        action = self._protocol.parse(text)
         stop = _stop(action, last=self._turns_left == 0)
         if stop:
             self._turns_left = 0
             return Step(action=action, stop=stop)
         result = await self._result(action)
-        return Step(
-            action=action,
-            result=result,
-            reply=(Message(role="user", content=result_text(result)),),
-        )
+        reply = reply_text(self._protocol, result, last=self._turns_left == 1)
+        return Step(action=action, result=result, reply=(Message(role="user", content=reply),))
 
     def fork(self) -> "ToolEnvironment":
         """A copy with its own state and the same tools: what a tool itself remembers, all copies see."""

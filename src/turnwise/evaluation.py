@@ -12,14 +12,22 @@ import torch
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
-from turnwise.config import ATLAS, TrainConfig, without_judge
+from turnwise.config import ATLAS_HOPS, TrainConfig, without_judge
 from turnwise.cores import in_parallel, parts_at_once
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
-from turnwise.rewards import answer_presence, load_rewards, tag_usage, xml_format
+from turnwise.protocols import ProtocolName, protocol_named
+from turnwise.rewards import (
+    answer_presence,
+    has_final_format,
+    has_turn_format,
+    load_rewards,
+    tag_usage,
+    xml_format,
+)
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
 from turnwise.setting import Setting, make_setting, make_tools
@@ -34,12 +42,12 @@ RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
 
-def rollout_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
-    """What is reported of one rollout, each in [0, 1] but `turns` and `tokens`.
+def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tools") -> dict[str, float]:
+    """What is reported of one rollout, by name; `docs/run-format.md` says what each is.
 
-    tool_execution     a tool call was executed without error
-    answer_in_results  an accepted answer stands in a tool's result
-    exact_match        SQuAD's definition; `exact_match_paper` the paper's
+    A metric that a rollout cannot have is absent: `well_called` without calls; the four about searches where
+    the task names no gold articles (its metadata's `articles`) or a tool does not say what it returned; the
+    format measures of the other protocol.
     """
     results = [turn.result for turn in rollout.turns if turn.result and not turn.result.error]
     answer = rollout.answer
@@ -53,20 +61,60 @@ def rollout_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
         "f1": 0.0 if answer is None else metrics.f1(said, golds),
         "answer_presence": answer_presence(task, rollout),
         "answered": float(answer is not None),
-        "xml_format": xml_format(rollout),
-        "tag_usage": tag_usage(rollout),
+        **_format_metrics(rollout, protocol),
         "terminated": float(rollout.terminated),
         "turns": float(len(rollout.turns)),
         "tokens": float(sum(len(turn.action_ids) for turn in rollout.turns)),
+        **_call_metrics(task, rollout),
     }
 
 
-def mean_metrics(pairs: Sequence[tuple[Task, Rollout]]) -> dict[str, float]:
-    """Each metric's mean over rollouts; those that an environment's failure ended are left out."""
-    rows = [rollout_metrics(task, rollout) for task, rollout in pairs if rollout.stop != "error"]
-    if not rows:
-        return {}
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+def _format_metrics(rollout: Rollout, protocol: ProtocolName) -> dict[str, float]:
+    """The paper's two measures of version 1 for protocol `tools`, its two rules of version 2 for `search`."""
+    form = protocol_named(protocol)
+    if protocol == "tools":
+        return {"xml_format": xml_format(rollout, form), "tag_usage": tag_usage(rollout, form)}
+    before = rollout.turns[:-1]
+    final = has_final_format(rollout, form)
+    formed = [has_turn_format(turn, form) for turn in before] + [final] * bool(rollout.turns)
+    return {"turn_format": sum(formed) / len(formed) if formed else 0.0, "final_format": float(final)}
+
+
+def _call_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
+    """How the calls went, and which articles they brought."""
+    calls = [turn for turn in rollout.turns if turn.action.tool_call is not None or turn.action.error is not None]
+    executed = [turn.result for turn in calls if turn.result and not turn.result.error]
+    found = {"well_called": len(executed) / len(calls)} if calls else {}
+    gold = set(task.metadata.get("articles") or ())
+    brought = [result.documents for result in executed if result.documents is not None]
+    if not gold or len(brought) < len(executed):
+        return found
+    seen: set[str] = set()
+    useful = redundant = 0
+    for documents in brought:
+        new = set(documents) - seen
+        useful += bool(new & gold)
+        redundant += not new
+        seen |= new
+    return {
+        **found,
+        "searches": float(len(executed)),
+        "gold_found": len(gold & seen) / len(gold),
+        "useful_searches": float(useful),
+        "redundant_searches": float(redundant),
+    }
+
+
+def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools") -> dict[str, float]:
+    """Each metric's mean over the rollouts that have it; those that an environment's failure ended are left out."""
+    rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs if rollout.stop != "error"]
+    return {name: float(np.mean(values)) for name, values in _columns(rows).items()}
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Each name's values, of the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row[name] for row in rows if name in row] for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +138,8 @@ class Evaluation:
     records: Sequence[tuple[Task, Rollout]]
     judge: Mapping[str, float] = field(default_factory=dict)
     """Cost and disagreement of the judge (see `judge_metrics`); empty without one."""
+    protocol: ProtocolName = "tools"
+    """The tags in which the questions were played."""
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -145,24 +195,26 @@ def play(
     return list(zip(tasks, setting.all_scored(played), strict=True))
 
 
-def summarised(name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]]) -> Evaluation:
+def summarised(
+    name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools"
+) -> Evaluation:
     """The evaluation of played questions."""
     counted = [(task, rollout) for task, rollout in pairs if rollout.stop != "error"]
     kinds = dict.fromkeys(task.kind for task, _ in counted)
     return Evaluation(
         name=name,
         mode=mode,
-        metrics=_estimates(counted),
-        by_kind={kind: _estimates([p for p in counted if p[0].kind == kind]) for kind in kinds},
+        metrics=_estimates(counted, protocol),
+        by_kind={kind: _estimates([p for p in counted if p[0].kind == kind], protocol) for kind in kinds},
         records=pairs,
         judge=judge_metrics(pairs),
+        protocol=protocol,
     )
 
 
-def _estimates(pairs: Sequence[tuple[Task, Rollout]]) -> dict[str, Estimate]:
-    rows = [rollout_metrics(task, rollout) for task, rollout in pairs]
-    names = rows[0] if rows else {}
-    return {name: bootstrap([row[name] for row in rows]) for name in names}
+def _estimates(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName) -> dict[str, Estimate]:
+    rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs]
+    return {name: bootstrap(values) for name, values in _columns(rows).items()}
 
 
 def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
@@ -200,9 +252,9 @@ def evaluate(
     """How well a policy answers questions: each one once, with bootstrap intervals.
 
     `run` is a run directory, a checkpoint folder or "embedded"; it plays with its run's tools and rewards. `tasks` are
-    questions, a file of them or "atlas"; by default those of the run, of which `split` chooses (by default "test" of
-    the atlas and "validation" of a file). `limit` takes that many, evenly spaced. A run's judge is asked too, unless
-    `judge` is False. Raises RunError where every rollout failed.
+    questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which `split` chooses (by
+    default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced. A run's judge is
+    asked too, unless `judge` is False. Raises RunError where every rollout failed.
     """
     policy, config = run_policy(run, checkpoint)
     if not judge:
@@ -217,7 +269,7 @@ def evaluate(
     check_prompts(setting, policy, limits)
     engines = make_engines(policy, config)
     pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, mode=mode, seed=(seed,))
-    evaluation = summarised(name or called, mode, pairs)
+    evaluation = summarised(name or called, mode, pairs, config.protocol)
     if not evaluation.metrics:
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
     return evaluation
@@ -295,7 +347,7 @@ def write_evaluation(run: Path, evaluation: Evaluation) -> Path:
         json.dumps(
             {
                 "task": dataclasses.asdict(task),
-                "metrics": rollout_metrics(task, rollout),
+                "metrics": rollout_metrics(task, rollout, evaluation.protocol),
                 "rollout": dataclasses.asdict(rollout),
             },
             ensure_ascii=False,
@@ -311,18 +363,20 @@ def _chosen_tasks(
     config: TrainConfig, tasks: str | Path | Sequence[Task] | None, split: atlas.Split | None
 ) -> tuple[Sequence[Task], str]:
     """The questions to play, and what they are called."""
-    if tasks is None and config.tasks != ATLAS:
+    if tasks is None and config.tasks not in ATLAS_HOPS:
         setting = make_setting(without_judge(config))
         if split == "test":
             raise ConfigError(
                 "split of a run on your own questions must be train or validation; got 'test'; name a file as tasks"
             )
         return (setting.train, "train") if split == "train" else (setting.validation, "validation")
-    if tasks is None or str(tasks) == ATLAS:
-        split = split or "test"
-        return atlas.tasks(split), split
+    tasks = config.tasks if tasks is None else tasks
     if not isinstance(tasks, str | Path):
         return tasks, "tasks"
+    hops = ATLAS_HOPS.get(str(tasks))
+    if hops:
+        split = split or "test"
+        return atlas.tasks(split, hops=hops), split if hops == 1 else f"two-hop-{split}"
     if split:
         raise ConfigError(f"split must be left out where tasks are a file, all of which is played; got {split!r}")
     return load_tasks(tasks), Path(tasks).name.split(".jsonl")[0]

@@ -1,9 +1,10 @@
 """Rewards of a rollout: named components per turn and for the outcome.
 
-The built-in components are those of arXiv 2505.11821 (version 1, and appendix E of version 2), with
-its constants as `PAPER_WEIGHTS`. Each lies in [0, 1] before its weight. A user's own are functions
-in a Python file, named `turn_...` or `outcome_...`. Where a judge was asked (see `judge`), what it
-said is the components `judge_turn` and `judge_outcome`.
+The built-in components are those of arXiv 2505.11821: of version 1 and appendix E of version 2, with
+their constants as `PAPER_WEIGHTS`, and of the search agent in section 5.2 of version 2, with theirs as
+`SEARCH_WEIGHTS`. A component pays its value times its weight; all values but `search_penalty`'s lie in
+[0, 1]. A user's own are functions in a Python file, named `turn_...` or `outcome_...`. Where a judge was
+asked (see `judge`), what it said is the components `judge_turn` and `judge_outcome`.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import Any
 
 from turnwise import metrics
 from turnwise.errors import ConfigError, InputError, unknown_name
+from turnwise.protocols import PROTOCOLS, ProtocolName, TagProtocol, is_well_formed, protocol_named
 from turnwise.tools import load_module, public_functions
 from turnwise.types import Rollout, Task, Turn
 
@@ -32,44 +34,62 @@ PAPER_WEIGHTS: Mapping[str, float] = {
     "tag_usage": 0.2,
 }
 """The paper's six components and what each is worth; the first two belong to turns."""
+SEARCH_WEIGHTS: Mapping[str, float] = {
+    "retrieval": 0.3,
+    "turn_format": 0.1,
+    "turn_format_broken": -0.2,
+    "search_penalty": -0.1,
+    "correct": 1.0,
+    "wrong": 0.2,
+    "invalid": -1.0,
+}
+"""The search agent's seven (version 2, section 5.2); the first four belong to the turns before the last."""
+DEFAULT_WEIGHTS: Mapping[ProtocolName, Mapping[str, float]] = {"tools": PAPER_WEIGHTS, "search": SEARCH_WEIGHTS}
+"""What each protocol's rollouts are paid unless the configuration says otherwise."""
+BUILT_IN = (*PAPER_WEIGHTS, *SEARCH_WEIGHTS)
+"""Every built-in component; each can be had under both protocols."""
 
 JUDGED = ("judge_turn", "judge_outcome")
 """The components that a judge's scores are."""
-
-_WRITTEN_TAGS = ("reasoning", "tool", "answer")
 _TURN_PREFIX, _OUTCOME_PREFIX = "turn_", "outcome_"
 
 
 def score(
     task: Task,
     rollout: Rollout,
-    weights: Mapping[str, float] = PAPER_WEIGHTS,
+    weights: Mapping[str, float] | None = None,
     *,
     functions: Mapping[str, RewardFunction] | None = None,
     definition: metrics.Definition = "squad",
+    protocol: ProtocolName = "tools",
 ) -> Rollout:
     """The rollout with its rewards: weight times value for every component of a nonzero weight.
 
     `functions` are a user's own, of weight 1 unless `weights` has their name, and so are the scores
     of the rollout's judgement, if it has one; what the judge left out is absent. A built-in component
-    that `weights` does not name is left out. `definition` is that of exact match. A rollout that
-    stopped with `error` gets no rewards, since what it would have earned is unknown; one that was
-    cut off is scored as it stands. Raises ConfigError for an unknown component.
+    that `weights` does not name is left out; without `weights` they are the protocol's default ones.
+    `definition` is that of exact match. A rollout that stopped with `error` gets no rewards, since what
+    it would have earned is unknown; one that was cut off is scored as it stands. Raises ConfigError for
+    an unknown component.
     """
     functions = functions or {}
     judgement = rollout.judgement
+    form = protocol_named(protocol)
+    weights = DEFAULT_WEIGHTS[protocol] if weights is None else weights
     kept = _weights(weights, [*functions, *(JUDGED if judgement else ())])
     if rollout.stop == "error":
         return dataclasses.replace(rollout, turn_rewards=(), outcome_rewards={})
     by_turn: dict[str, Sequence[float | None]] = {
         "tool_execution": [tool_execution(turn) for turn in rollout.turns],
         "answer_in_results": [answer_in_results(turn, task.answers) for turn in rollout.turns],
+        **_search_turn_values(task, rollout, form),
     }
     outcome = {
         "answer_presence": answer_presence(task, rollout),
         "exact_match": exact_match(task, rollout, definition),
-        "xml_format": xml_format(rollout),
-        "tag_usage": tag_usage(rollout),
+        "xml_format": xml_format(rollout, form),
+        "tag_usage": tag_usage(rollout, form),
+        **_search_outcome_values(task, rollout, form, definition),
     }
     if judgement and judgement.turn_scores is not None:
         by_turn["judge_turn"] = judgement.turn_scores
@@ -98,7 +118,7 @@ def score(
 
 def _weights(weights: Mapping[str, float], own: Sequence[str]) -> dict[str, float]:
     """The nonzero weights, those included of components that weigh 1 unless told otherwise."""
-    known = dict.fromkeys([*PAPER_WEIGHTS, *JUDGED, *own])
+    known = dict.fromkeys([*BUILT_IN, *JUDGED, *own])
     for name, weight in weights.items():
         if name not in known:
             raise unknown_name("a reward component", name, known)
@@ -148,42 +168,89 @@ def exact_match(task: Task, rollout: Rollout, definition: metrics.Definition = "
     return metrics.exact_match(rollout.answer, task.answers, definition)
 
 
-def xml_format(rollout: Rollout) -> float:
+def xml_format(rollout: Rollout, protocol: TagProtocol = PROTOCOLS["tools"]) -> float:
     """Mean over the policy's messages of 0.4 presence + 0.2 spacing + 0.2 opening + 0.2 closing.
+
+    With the tags of protocol `tools`:
 
     * presence: half for a complete reasoning block, half for a complete tool or answer block;
     * spacing: there is a complete block, and each has its two tags on lines of their own;
     * opening, closing: the message begins with <reasoning>, and ends with </tool> or </answer>.
     """
-    return _mean([_message_format(turn.text) for turn in rollout.turns])
+    return _mean([_message_format(turn.text, protocol) for turn in rollout.turns])
 
 
-def _message_format(text: str) -> float:
-    blocks = {tag: re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", text) for tag in _WRITTEN_TAGS}
+def _message_format(text: str, protocol: TagProtocol) -> float:
+    thinking, calling, answering = _written_tags(protocol)
+    blocks = {tag: re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", text) for tag in _written_tags(protocol)}
     inner = [block for found in blocks.values() for block in found]
     spaced = [re.fullmatch(r"(?s)[ \t]*\n.*\n[ \t]*", block) is not None for block in inner]
-    presence = (bool(blocks["reasoning"]) + bool(blocks["tool"] or blocks["answer"])) / 2
-    opening = text.strip().startswith("<reasoning>")
-    closing = text.strip().endswith(("</tool>", "</answer>"))
+    presence = (bool(blocks[thinking]) + bool(blocks[calling] or blocks[answering])) / 2
+    opening = text.strip().startswith(f"<{thinking}>")
+    closing = text.strip().endswith((f"</{calling}>", f"</{answering}>"))
     return (4 * presence + 2 * (bool(inner) and all(spaced)) + 2 * opening + 2 * closing) / 10
 
 
-def tag_usage(rollout: Rollout) -> float:
+def tag_usage(rollout: Rollout, protocol: TagProtocol = PROTOCOLS["tools"]) -> float:
     """Mean over the policy's messages of the share of used tags that open once and close once.
 
-    Of reasoning, tool and answer, those count of which an opening or closing tag occurs; a message
-    that uses none gives 0.
+    Of the policy's three tags, those count of which an opening or closing tag occurs; a message that
+    uses none gives 0.
     """
-    return _mean([_message_tag_usage(turn.text) for turn in rollout.turns])
+    return _mean([_message_tag_usage(turn.text, protocol) for turn in rollout.turns])
 
 
-def _message_tag_usage(text: str) -> float:
-    counts = [(text.count(f"<{tag}>"), text.count(f"</{tag}>")) for tag in _WRITTEN_TAGS]
+def _message_tag_usage(text: str, protocol: TagProtocol) -> float:
+    counts = [(text.count(f"<{tag}>"), text.count(f"</{tag}>")) for tag in _written_tags(protocol)]
     return _mean([float(count == (1, 1)) for count in counts if any(count)])
+
+
+def _written_tags(protocol: TagProtocol) -> tuple[str, str, str]:
+    return protocol.thinking, protocol.calling, protocol.answering
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+# ------------------------------------------------- the search agent: version 2, section 5.2
+
+
+def _search_turn_values(task: Task, rollout: Rollout, protocol: TagProtocol) -> dict[str, list[float | None]]:
+    """The components of the turns before the last; the last turn has none of them, as it is the outcome's.
+
+    retrieval           1 where an accepted answer stands in what this turn's call returned
+    turn_format         1 where the turn is well formed; turn_format_broken 1 where it is not
+    search_penalty      calls so far, this one and those that failed included
+    """
+    before = rollout.turns[:-1]
+    formed = [has_turn_format(turn, protocol) for turn in before]
+    columns = {
+        "retrieval": [answer_in_results(turn, task.answers) or 0.0 for turn in before],
+        "turn_format": [float(good) for good in formed],
+        "turn_format_broken": [float(not good) for good in formed],
+        "search_penalty": [float(count) for count in range(1, len(before) + 1)],
+    }
+    return {name: [*values, None] for name, values in columns.items()}
+
+
+def _search_outcome_values(
+    task: Task, rollout: Rollout, protocol: TagProtocol, definition: metrics.Definition
+) -> dict[str, float]:
+    """Of `correct`, `wrong` and `invalid` one is 1: by the final format first, and then by exact match."""
+    valid = has_final_format(rollout, protocol)
+    right = exact_match(task, rollout, definition)
+    return {"correct": valid * right, "wrong": valid * (1.0 - right), "invalid": float(not valid)}
+
+
+def has_turn_format(turn: Turn, protocol: TagProtocol) -> bool:
+    """Whether a turn is thoughts and a call that can be read, each tag once, thoughts first, and nothing else."""
+    return turn.action.error is None and is_well_formed(turn.text, protocol, protocol.calling)
+
+
+def has_final_format(rollout: Rollout, protocol: TagProtocol) -> bool:
+    """Whether the rollout ended with thoughts and an answer, each tag once, thoughts first, and nothing else."""
+    return rollout.answer is not None and is_well_formed(rollout.turns[-1].text, protocol, protocol.answering)
 
 
 # --------------------------------------------------------------------- a user's own

@@ -1,16 +1,18 @@
 """What a configuration stands for: its questions, its tools, its environments and its rewards."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from turnwise import atlas
 from turnwise.atlas.world import hash_rank
-from turnwise.config import ATLAS, TrainConfig
+from turnwise.config import ATLAS, ATLAS_HOPS, TrainConfig
 from turnwise.env import Environment, ToolEnvironment
 from turnwise.errors import InputError, unknown_name
 from turnwise.judge import check_judge, judged
-from turnwise.rewards import JUDGED, PAPER_WEIGHTS, RewardFunction, load_rewards, score
+from turnwise.protocols import protocol_named
+from turnwise.rewards import BUILT_IN, JUDGED, RewardFunction, load_rewards, score
 from turnwise.search import load_corpus, open_index, search_tool
 from turnwise.tasks import check_answers_in_corpus, load_tasks
 from turnwise.tools import Tool, load_tools
@@ -31,6 +33,7 @@ class Setting:
     """Questions to train and validate on, the tools to answer them with, and what the answers earn."""
 
     config: TrainConfig
+    """`make_setting` writes the weights of its rewards out."""
     train: Sequence[Task]
     validation: Sequence[Task]
     tools: Mapping[str, Tool]
@@ -38,16 +41,17 @@ class Setting:
 
     def environment(self, task: Task) -> Environment:
         """A fresh environment for one rollout of a task."""
-        return ToolEnvironment(task, self.tools, max_turns=self.config.max_turns)
+        return ToolEnvironment(task, self.tools, max_turns=self.config.max_turns, protocol=self.config.protocol)
 
     def scored(self, task: Task, rollout: Rollout) -> Rollout:
         """The rollout with its rewards."""
         return score(
             task,
             rollout,
-            self.config.reward_weights,
+            self.config.weights,
             functions=self.rewards,
             definition=self.config.exact_match,
+            protocol=self.config.protocol,
         )
 
     def all_scored(self, pairs: Sequence[tuple[Task, Rollout]]) -> list[Rollout]:
@@ -61,10 +65,11 @@ def make_setting(config: TrainConfig) -> Setting:
     """Reads everything a configuration names; bad input raises here, before any work starts."""
     train, validation = _tasks(config)
     rewards = load_rewards(config.rewards) if config.rewards else {}
-    known = [*PAPER_WEIGHTS, *JUDGED, *rewards]
-    for name in config.reward_weights:
+    known = [*BUILT_IN, *JUDGED, *rewards]
+    for name in config.weights:
         if name not in known:
             raise unknown_name("a reward component", name, known)
+    config = dataclasses.replace(config, reward_weights=dict(config.weights))
     if config.judge:
         check_judge(config.judge)
     return Setting(
@@ -77,23 +82,33 @@ def make_setting(config: TrainConfig) -> Setting:
 
 
 def make_tools(config: TrainConfig, tasks: Sequence[Task]) -> Mapping[str, Tool]:
-    """The user's tools, or the search tool over the configured corpus, which must answer some of the tasks, if any."""
+    """The user's tools, or the search tool over the configured corpus, which must answer some of the tasks, if any.
+
+    Raises ConfigError for tools that the protocol cannot call.
+    """
     if config.tools:
-        return load_tools(config.tools)
+        tools = load_tools(config.tools)
+        protocol_named(config.protocol).check_tools(tools)
+        return tools
     index = open_index(config.corpus)
-    if tasks and (config.corpus != ATLAS or config.tasks != ATLAS):
+    if tasks and (config.corpus != ATLAS or config.tasks not in ATLAS_HOPS):
         check_answers_in_corpus(tasks, (article.text for article in load_corpus(config.corpus)))
     tool = search_tool(index, k=config.search_results, cap=config.result_chars)
     return {tool.name: tool}
 
 
 def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:
-    """The atlas's questions of a split, or a file's."""
-    if source != ATLAS:
+    """The atlas's questions of a split, or a file's.
+
+    Training asks about the entities that `ASKED_SHARE` leaves; the second fact of a two-hop question
+    may be any entity's of the training split.
+    """
+    if source not in ATLAS_HOPS:
         return load_tasks(Path(source))
+    hops = ATLAS_HOPS[source]
     if split != "train":
-        return atlas.tasks(split)
-    tasks = atlas.tasks("train", phrasing="all")
+        return atlas.tasks(split, hops=hops)
+    tasks = atlas.tasks("train", hops=hops, phrasing="all")
     return [task for task in tasks if training_rank(task.metadata["entity"]) < ASKED_SHARE]
 
 
@@ -101,8 +116,8 @@ def _tasks(config: TrainConfig) -> tuple[Sequence[Task], Sequence[Task]]:
     train = named_tasks(config.tasks, "train")
     if config.validation_tasks:
         validation = named_tasks(config.validation_tasks, "validation")
-    elif config.tasks == ATLAS:
-        validation = named_tasks(ATLAS, "validation")
+    elif config.tasks in ATLAS_HOPS:
+        validation = named_tasks(config.tasks, "validation")
     else:
         held = {t.id for t in train if hash_rank("validation", t.id) / 2**64 < VALIDATION_SHARE}
         validation = [task for task in train if task.id in held]

@@ -33,6 +33,18 @@ _SECTION = re.compile(r"^(Args|Arguments|Parameters|Returns?|Raises|Yields?|Exam
 _ARGUMENT = re.compile(r"^(\w+)\s*(?:\([^)]*\))?:\s*(.*)$")
 
 
+class Found(str):
+    """A tool's text that also says which articles it holds; the agent sees the text alone."""
+
+    documents: tuple[str, ...]
+    """Their ids, best first."""
+
+    def __new__(cls, text: str, documents: Iterable[str]) -> "Found":
+        found = super().__new__(cls, text)
+        found.documents = tuple(documents)
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tool:
     """A function that the agent may call, and what the agent is told about it."""
@@ -181,11 +193,13 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
     fault = argument_fault(found.parameters, call.arguments)
     if fault:
         return error_result("bad_arguments", f"{call.name}: {fault}")
+    documents: tuple[str, ...] | None = None
     start = time.perf_counter()
     try:
         value = found.function(**call.arguments)
         if inspect.isawaitable(value):
             value = await value
+        documents = value.documents if isinstance(value, Found) else None
         text, error = capped(_encodable(_text(value)), found.result_cap), None
     except ToolError as raised:
         text, error = str(raised), "exception"
@@ -194,7 +208,7 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
     duration = time.perf_counter() - start
     if error:
         return error_result(error, text, cap=found.result_cap, duration_s=duration)
-    return ToolResult(text=text, duration_s=duration)
+    return ToolResult(text=text, duration_s=duration, documents=documents)
 
 
 def error_result(error: str, text: str, *, cap: int = ERROR_CAP, duration_s: float = 0.0) -> ToolResult:

@@ -106,6 +106,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     setting = make_setting(config)
+    config = setting.config
     run = _Run(config, setting)
     if resume:
         run.restore()
@@ -250,9 +251,10 @@ class _Run:
         tokens = sum(r.num_tokens for r in kept)
         self.sampled_tokens += sampled_tokens(rollouts)
         by_id = {task.id: task for task in tasks}
+        pairs = [(by_id[r.task_id], r) for r in rollouts]
         metrics = {
-            **mean_metrics([(by_id[r.task_id], r) for r in rollouts]),
-            **judge_metrics([(by_id[r.task_id], r) for r in rollouts]),
+            **mean_metrics(pairs, config.protocol),
+            **judge_metrics(pairs),
             **_reward_means(kept),
             **_credit_metrics(credited),
             **learning,
@@ -270,7 +272,7 @@ class _Run:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
-        self.validation = {**mean_metrics(pairs), **judge_metrics(pairs)}
+        self.validation = {**mean_metrics(pairs, self.config.protocol), **judge_metrics(pairs)}
         self._log(self.validation, display, split="validation")
         if self.validation.get("exact_match", -1.0) > self.best:
             self.best = self.validation["exact_match"]

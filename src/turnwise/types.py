@@ -53,6 +53,8 @@ class ToolResult:
     text: str
     error: str | None = None
     duration_s: float = 0.0
+    documents: tuple[str, ...] | None = None
+    """Ids of the articles that the call returned, best first; None where the tool does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,8 @@ def _turn(data: dict[str, Any]) -> Turn:
     action = data.pop("action")
     call = action.pop("tool_call")
     result = data.pop("result")
+    if result and result.get("documents") is not None:
+        result["documents"] = tuple(result["documents"])
     for name in ("action_ids", "sampling_logprobs", "reply_ids"):
         data[name] = tuple(data[name])
     return Turn(

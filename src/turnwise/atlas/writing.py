@@ -73,7 +73,8 @@ def tasks(split: Split, *, hops: Literal[1, 2] = 1, phrasing: Phrasing = "one", 
     `phrasing` "one" asks for each fact in one wording, chosen by a hash; "all" in every wording. A
     task's metadata: `entity`, `relation` (two hops: both, with a space between), `linked` (the
     entity between the hops, or None), `articles` (ids of the articles that hold the facts, in the
-    order of the hops), `hops`. Two hops that lead back to a name in the question are left out.
+    order of the hops), `hops`. Two hops are left out where the question names the entity between them
+    ("the country of Mount Kenya") or its answer.
     """
     check_split(split)
     of = of or world()
@@ -105,6 +106,8 @@ def _two_hop(of: World, entity: Entity, by_name: Mapping[str, Entity]) -> Iterat
         if inner.link is None or linked is None or linked.kind != inner.link:
             continue
         phrase = inner.phrase.replace("{name}", entity.name)
+        if linked.name.lower() in phrase.lower():  # "the country of Mount Kenya" needs no first search
+            continue
         for outer, answer in linked.values.items():
             if Mentions([answer]).find(phrase):
                 continue

@@ -9,7 +9,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-_TAG = r"</?(?:reasoning|tool|result|answer)>"
+from turnwise.protocols import PROTOCOLS
+
+_TAG = rf"</?(?:{'|'.join(dict.fromkeys(tag for protocol in PROTOCOLS.values() for tag in protocol.tags))})>"
 _KEPT = "\n\t"
 
 

@@ -1,22 +1,25 @@
 """The agent's search tool, over an index in this process or over a search server."""
 
 import asyncio
+import dataclasses
 import http.client
 import json
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from turnwise.errors import ConfigError, ToolError
-from turnwise.search.corpus import ArticleLike, article_from_record
+from turnwise.search.corpus import Article, ArticleLike, article_from_record
 from turnwise.search.index import SearchIndex
-from turnwise.tools import Tool, tool
+from turnwise.tools import Found, Tool, tool
 
 RESULT_CAP = 2000
 """Most characters of a search result, by default: about three passages of 100 words."""
 NO_RESULTS = "No results."
+_SPACE = "\n\n"
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -26,7 +29,7 @@ def search_tool(index: SearchIndex, *, k: int = 1, cap: int = RESULT_CAP) -> Too
 
     def search(query: str) -> str:
         """Looks up articles by keywords and returns the best match."""
-        return hits_text(index.search(query, k))
+        return _found(index.search(query, k), cap)
 
     return tool(search, result_cap=cap)
 
@@ -42,17 +45,28 @@ def remote_search_tool(url: str, *, k: int = 1, timeout_s: float = 10.0, cap: in
 
     async def search(query: str) -> str:
         """Looks up articles by keywords and returns the best match."""
-        return hits_text(await asyncio.to_thread(_retrieved, address, query, k, timeout_s))
+        return _found(await asyncio.to_thread(_retrieved, address, query, k, timeout_s), cap)
 
     return tool(search, result_cap=cap)
 
 
 def hits_text(hits: Sequence[ArticleLike]) -> str:
     """Articles as the agent reads them: title and text on lines of their own, several numbered."""
+    return _SPACE.join(_blocks(hits)) or NO_RESULTS
+
+
+def _found(hits: Sequence[ArticleLike], cap: int) -> str:
+    """What the agent reads, with the ids of the articles that begin within the cap; without, where one has no id."""
+    if not all(hit.id for hit in hits):
+        return hits_text(hits)
+    ends = accumulate(len(block) + len(_SPACE) for block in _blocks(hits))
+    seen = [hit.id for hit, start in zip(hits, (0, *ends), strict=False) if start < cap]
+    return Found(hits_text(hits), seen)
+
+
+def _blocks(hits: Sequence[ArticleLike]) -> list[str]:
     blocks = [f"{hit.title}\n{hit.text}" if hit.title else hit.text for hit in hits]
-    if len(blocks) > 1:
-        blocks = [f"{number}. {block}" for number, block in enumerate(blocks, start=1)]
-    return "\n\n".join(blocks) or NO_RESULTS
+    return [f"{number}. {block}" for number, block in enumerate(blocks, start=1)] if len(blocks) > 1 else blocks
 
 
 def _check_k(k: int) -> None:
@@ -94,9 +108,12 @@ def _articles(answer: Any) -> list[ArticleLike]:
     try:
         (entries,) = answer["result"]
         documents = [entry.get("document", entry) for entry in entries]
-        return [
-            article_from_record({"id": number, **document}, "the server's answer")
-            for number, document in enumerate(documents)
-        ]
+        return [_article(document) for document in documents]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ToolError("the search server's answer holds no list of articles") from error
+
+
+def _article(document: dict[str, Any]) -> Article:
+    """One article of a server's answer; its id is blank where the server gives none."""
+    article = article_from_record({"id": "none", **document}, "the server's answer")
+    return article if "id" in document else dataclasses.replace(article, id="")
