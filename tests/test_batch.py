@@ -181,34 +181,20 @@ def test_weights_are_those_of_the_whole_minibatch(aggregation, first, second):
     assert weighted(untrained, "sequence-mean")[0].weights.tolist() == pytest.approx([0, 0, 1 / 6, 1 / 6, 1 / 6])
 
 
-def shared_rows() -> list[Row]:
-    """Two rollouts of 2 shared and 2 own tokens, and one of 1 token."""
-    first, last = turn((10, 11), (20,)), turn((11,))
-    pair = [rollout(first, turn((12, 13))), rollout(first, turn((14, 15)))]
-    rows = [rollout_row(r, [1.0, 1.0], [True, True], [0.5, 1.0]) for r in pair]
-    return [*rows, rollout_row(rollout(last), [1.0], [True])]
-
-
 @pytest.mark.parametrize(
-    ("aggregation", "shared", "own", "alone"),
+    ("aggregation", "first", "second"),
     [
-        ("sequence-mean", 1 / 18, 1 / 9, 1 / 3),  # shares 1/2 1/2 1 1 sum to 3: 1/6 and 1/3 of a rollout, of three
-        ("token-mean", 1 / 14, 1 / 7, 1 / 7),  # 2 + 2 + 2 + 1 = 7 tokens, each once
-        ("turn-mean", 1 / 16, 1 / 8, 1 / 4),  # 4 turns, each once
-        ("constant", 1 / 60, 1 / 30, 1 / 30),  # 3 rollouts of length 10
+        # shares of 1/4 and 1/2 of rollouts of 4 and of 1 token, 2 turns and 1: a third and two thirds
+        ("sequence-mean", 1 / 12, 2 / 3),
+        ("token-mean", 1 / 6, 1 / 3),  # 4/4 + 1/2 tokens: (1/4) / (3/2)
+        ("turn-mean", 1 / 8, 1 / 2),  # 2/4 + 1/2 turns of 2, 2 and 1 tokens
+        ("constant", 1 / 30, 1 / 15),  # length 10
     ],
 )
-def test_a_turn_that_two_rollouts_share_counts_once(aggregation, shared, own, alone):
-    found = weighted(shared_rows(), aggregation, length=10)
-    for row in found[:2]:
-        np.testing.assert_allclose(row.weights, [shared, shared, 0, own, own], rtol=1e-6)
-    np.testing.assert_allclose(found[2].weights, [alone], rtol=1e-6)
-
-
-def test_shares_of_one_change_nothing():
-    played = [rollout(turn((10,), (20,)), turn((12, 13, 14))), rollout(turn((11,)))]
-    plain = [rollout_row(r, [1.0] * len(r.turns), [True] * len(r.turns)) for r in played]
-    ones = [rollout_row(r, [1.0] * len(r.turns), [True] * len(r.turns), [1.0] * len(r.turns)) for r in played]
-    for aggregation in ("sequence-mean", "token-mean", "turn-mean"):
-        for left, right in zip(weighted(plain, aggregation), weighted(ones, aggregation), strict=True):
-            np.testing.assert_allclose(left.weights, right.weights, rtol=1e-6)
+def test_rows_count_by_their_shares(aggregation, first, second):
+    pair = [rollout(turn((10, 11), (20,)), turn((12, 13))), rollout(turn((11,)))]
+    shared = zip(pair, (1 / 4, 1 / 2), strict=True)
+    rows = [rollout_row(r, [1.0] * len(r.turns), [True] * len(r.turns), share=share) for r, share in shared]
+    found = weighted(rows, aggregation, length=10)
+    np.testing.assert_allclose(found[0].weights, [first, first, 0, first, first], rtol=1e-6)
+    np.testing.assert_allclose(found[1].weights, [second], rtol=1e-6)

@@ -324,24 +324,26 @@ def test_the_tree_form_of_mt_grpo_is_the_chain_form_where_only_first_turns_have_
     assert np.abs(credit.advantages).max() > 0.5
     np.testing.assert_allclose(credit.advantages, mt_grpo(chain).advantages, atol=1e-12)
     rows = training_rows(leaves, branched, credit)
-    assert all((row.share == 1).all() for _, row in rows)
+    assert all(row.share == 1 / 8 for _, row in rows)
 
 
-def test_the_loss_counts_a_turn_that_leaves_share_once(atlas):
-    """At the sampling policy all ratios are 1: loss = − mean over leaves of Σₖ wₖ Tₖ Aₖ / Σₖ wₖ Tₖ, w = 1 / leaves."""
+def test_the_loss_counts_each_leaf_by_the_draws_that_led_to_it(atlas):
+    """At the sampling policy all ratios are 1: loss = − Σ over leaves of w · mean over the leaf's tokens of A.
+
+    w = 1/3 for a rollout that ended with one of the three first turns, 1/9 for one of the three that went on from it.
+    """
     _, _, setting = atlas
     policy = load_policy("embedded")
     (leaves,) = draw((TrainConfig(), policy, setting), make_engine(policy), count=1, branches=(3, 3))
     leaves = [r for r in leaves if r.stop != "error"]
-    below = Counter(node for leaf in leaves for node in leaf.nodes)
-    assert set(below.values()) == {1, 3}
+    assert {len(leaf.turns) for leaf in leaves} == {1, 2}
     table = rollout_table(leaves)
     credit = mt_grpo_tree(table)
     advantages = iter(credit.advantages)
     expected = 0.0
     for leaf in leaves:
-        weights = [len(t.action_ids) / below[node] for t, node in zip(leaf.turns, leaf.nodes, strict=True)]
-        expected -= sum(w * next(advantages) for w in weights) / sum(weights) / len(leaves)
+        tokens = [len(turn.action_ids) for turn in leaf.turns]
+        expected -= sum(n * next(advantages) for n in tokens) / sum(tokens) / 3 ** len(leaf.turns)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
     config = TrainConfig(estimator="mt-grpo-tree", branches=(3, 3), minibatches=1)
     metrics = update(policy, optimizer, training_rows(leaves, table, credit), config, 0)

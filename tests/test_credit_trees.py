@@ -16,6 +16,7 @@ from turnwise.credit.trees import (
     child_mean_values,
     leaf_counts,
     leaf_mean_values,
+    leaf_weights,
     mt_grpo_tree,
     share_weights,
     sibling_stream,
@@ -426,3 +427,43 @@ def test_rollouts_that_share_a_turn_must_agree_in_its_reward():
         mt_grpo_tree(rows)
     with pytest.raises(ValueError, match="one reward or two nodes"):
         sibling_stream(np.array([0.0, 0.5]), rows)
+
+
+def stop_or_go(p: float, q: float):
+    """Every tree of two first turns, stop (1 - p) or go (p), with two second turns after each go, right (q) or wrong.
+
+    Yields each tree's probability and its leaves: whether the first turn goes and the second is right, and the reward.
+    """
+    ends = [(1 - p, [(0, None, 0.3)])]
+    for a, b in itertools.product((0, 1), repeat=2):
+        chance = p * np.prod([q if right else 1 - q for right in (a, b)])
+        ends.append((chance, [(1, right, float(right)) for right in (a, b)]))
+    for (left, one), (right, two) in itertools.product(ends, repeat=2):
+        yield left * right, [one, two]
+
+
+def rows_of(tree) -> TurnTable:
+    rewards, nodes = [], []
+    for i, leaves in enumerate(tree):
+        for j, (goes, _, _) in enumerate(leaves):
+            nodes.append([f"{i}", f"{i}{j}"] if goes else [f"{i}"])
+            rewards.append([{}] * len(nodes[-1]))
+    return turn_table([0] * len(nodes), rewards, [{}] * len(nodes), nodes=nodes)
+
+
+def test_leaf_weights_make_a_trees_gradient_unbiased_where_some_stop_and_others_branch():
+    """J = .3 (1 - p) + p q, so dJ/dp = q - .3 and dJ/dq = p; logits' slopes are p (1 - p) and q (1 - q)."""
+    p, q = 0.4, 0.7
+    found = {"leaf": np.zeros(2), "mean": np.zeros(2)}
+    for chance, tree in stop_or_go(p, q):
+        table = rows_of(tree)
+        leaves = [leaf for part in tree for leaf in part]
+        slopes = np.array([[goes - p, 0.0 if right is None else right - q] for goes, right, _ in leaves])
+        gains = np.array([reward for *_, reward in leaves])[:, None] * slopes
+        weights = leaf_weights(table)
+        assert_allclose(weights.sum(), 1)
+        found["leaf"] += chance * (weights[:, None] * gains).sum(0)
+        found["mean"] += chance * gains.mean(0)
+    truth = [(q - 0.3) * p * (1 - p), p * q * (1 - q)]
+    assert_allclose(found["leaf"], truth, atol=1e-14)
+    assert abs(found["mean"] - truth).max() > 0.01, "the plain mean over leaves is biased"

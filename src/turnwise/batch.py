@@ -49,8 +49,8 @@ class Row:
     """float32 (T, heads): what the critic's values are to learn; NaN where a head has no target."""
     weights: np.ndarray | None = None
     """float32 (T,): what each token's term weighs in the loss, as `weighted` fills in."""
-    share: np.ndarray | None = None
-    """float32 (T,): what each token's turn counts for beside the others; below 1 where rollouts share it. None: 1."""
+    share: float = 1.0
+    """What the rollout counts for in the loss beside the others."""
     count: int = 1
     """How many rollouts this row stands for."""
 
@@ -99,11 +99,12 @@ def rollout_row(
     rollout: Rollout,
     turn_advantages: Sequence[float],
     trained: Sequence[bool],
-    turn_shares: Sequence[float] | None = None,
+    *,
+    share: float = 1.0,
 ) -> Row:
     """A rollout as a row: each turn's advantage on the tokens sampled in that turn, zero elsewhere.
 
-    `trained` says for each turn whether it enters the loss, `turn_shares` what it counts for there (None: 1 each).
+    `trained` says for each turn whether it enters the loss, `share` what the rollout counts for beside the others.
     """
     if not len(turn_advantages) == len(trained) == len(rollout.turns):
         raise ValueError(
@@ -115,16 +116,13 @@ def rollout_row(
     loss: list[bool] = []
     logprobs: list[float] = []
     advantages: list[float] = []
-    shares: list[float] = []
-    parts = zip(rollout.turns, turn_advantages, trained, turn_shares or [1.0] * len(rollout.turns), strict=True)
-    for turn, advantage, in_loss, share in parts:
+    for turn, advantage, in_loss in zip(rollout.turns, turn_advantages, trained, strict=True):
         sampled, appended = len(turn.action_ids), len(turn.reply_ids)
         ids += [*turn.action_ids, *turn.reply_ids]
         action += [True] * sampled + [False] * appended
         loss += [in_loss] * sampled + [False] * appended
         logprobs += [*turn.sampling_logprobs, *[0.0] * appended]
         advantages += [float(advantage)] * sampled + [0.0] * appended
-        shares += [float(share)] * (sampled + appended)
     end = max((i + 1 for i, sampled in enumerate(action) if sampled), default=0)
     return Row(
         prompt_ids=rollout.prompt_ids,
@@ -133,7 +131,7 @@ def rollout_row(
         loss=np.array(loss[:end], dtype=bool),
         sampling_logprobs=np.array(logprobs[:end], dtype=np.float32),
         advantages=np.array(advantages[:end], dtype=np.float32),
-        share=None if turn_shares is None else np.array(shares[:end], dtype=np.float32),
+        share=share,
     )
 
 
@@ -148,18 +146,17 @@ def weighted(rows: Sequence[Row], aggregation: Aggregation, *, length: int | Non
     """The rows with what their tokens weigh in the loss over all these rows, `credit.loss_weights`.
 
     0 outside the loss mask. To be called with every row of a minibatch, so that its micro-batches add up to its loss.
-    Where rows have a `share`, tokens are counted by it: a turn that several rollouts hold counts once.
+    A row counts as `share` rows.
     """
     turn_ids = turn_ids_from_mask(_filled([row.loss for row in rows], False))
     table = padded_tokens(turn_ids, [0] * len(rows))
     found = padded(loss_weights(table, aggregation, length=length), turn_ids)
-    if any(row.share is not None for row in rows):
-        found *= _filled([np.ones(len(row.ids)) if row.share is None else row.share for row in rows], 0.0)
-        if aggregation == "sequence-mean":
-            totals = found.sum(1, keepdims=True) * len(rows)
-            found /= np.where(totals > 0, totals, 1)
-        elif aggregation != "constant":
-            found /= found.sum()
+    shares = np.array([row.share for row in rows])
+    found *= shares[:, None]
+    if aggregation in ("sequence-mean", "constant"):
+        found *= len(rows) / shares.sum()
+    else:
+        found /= found.sum()
     found = found.astype(np.float32)
     return [replace(row, weights=weights[: len(row.ids)]) for row, weights in zip(rows, found, strict=True)]
 

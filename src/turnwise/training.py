@@ -26,7 +26,7 @@ from turnwise.credit import (
     TokenTable,
     TurnTable,
     broadcast,
-    share_weights,
+    leaf_weights,
     token_table,
     turn_ppo,
     turn_table,
@@ -357,13 +357,12 @@ def _discounts(config: TrainConfig) -> dict[str, float]:
 
 
 def training_rows(rollouts: Sequence[Rollout], table: TurnTable, credit: Credit) -> list[tuple[int, Row]]:
-    """Each rollout's group and its row; turns that rollouts share count once."""
-    ends = np.cumsum(np.bincount(table.rollout))[:-1]
-    advantages = np.split(credit.advantages, ends)
-    shares = [None] * len(rollouts) if table.node is None else np.split(share_weights(table), ends)
+    """Each rollout's group and its row; leaves of trees count by `leaf_weights`, other rollouts alike."""
+    by_rollout = np.split(credit.advantages, np.cumsum(np.bincount(table.rollout))[:-1])
+    shares = np.ones(len(rollouts)) if table.node is None else leaf_weights(table)
     return [
-        (r.group, rollout_row(r, own.tolist(), [True] * len(r.turns), share if share is None else share.tolist()))
-        for r, own, share in zip(rollouts, advantages, shares, strict=True)
+        (r.group, rollout_row(r, advantages.tolist(), [True] * len(r.turns), share=float(share)))
+        for r, advantages, share in zip(rollouts, by_rollout, shares, strict=True)
     ]
 
 

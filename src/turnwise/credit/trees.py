@@ -51,6 +51,23 @@ def share_weights(table: TurnTable) -> Turns:
     return 1.0 / leaf_counts(table)
 
 
+def leaf_weights(table: TurnTable) -> Rollouts:
+    """What each leaf counts for among those of its group: the share of the draws that led to it; they sum to 1.
+
+        w = product over the leaf's turns k of 1 / number of turns drawn in the state before turn k
+
+    Under these weights a sum over leaves of what their turns give is an unbiased estimate of its expectation under the
+    policy, also where some turns end a rollout and others branch on: a turn drawn as one of c counts 1/c however many
+    leaves lie below it. The plain mean over leaves leans towards turns below which more was drawn.
+    """
+    before, after = states(table)
+    different = np.unique(np.stack([before, after]), axis=1)
+    drawn = np.bincount(different[0], minlength=int(before.max()) + 1)
+    weights = np.ones(table.num_rollouts)
+    np.multiply.at(weights, table.rollout, 1.0 / drawn[before])
+    return weights
+
+
 def leaf_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
     """The value of a state as the mean return of all rollouts that pass it.
 
