@@ -71,8 +71,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # ---------------------------------------------------------------------------------------- values
 
 
-def test_a_value_is_of_the_state_before_its_token(policy: Policy):
-    critic = noisy_critic(policy, heads=2)
+@pytest.mark.parametrize("trunk", ["own", "shared"])
+def test_a_value_is_of_the_state_before_its_token(policy: Policy, trunk):
+    critic = noisy_critic(policy, trunk, heads=2)
     row = row_of(played(0, 3, 2))
     [own], after = step_values(critic, [row], [True], max_tokens=1000, pad_id=0)
     ids = torch.tensor([[*row.prompt_ids, *row.ids]])
