@@ -22,6 +22,7 @@ LAYERS = [
     "search",
     "atlas",
     "tags",
+    "search_tags",
     "env",
     "chat",
     "engine",
