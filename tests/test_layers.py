@@ -41,6 +41,7 @@ LAYERS = [
     "evaluation",
     "training",
     "warmup",
+    "search_warmup",
     "compare",
     "report",
     "display",
