@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -469,6 +470,8 @@ class WarmupConfig:
 
     out: Path = Path("runs/warmup")
     """Folder of the checkpoint to make."""
+    protocol: Literal["tools"] = "tools"
+    """What is taught: JSON calls, in the tags of `turnwise.tags`. With "search", see its own options."""
     seed: int = 0
     """Equal seeds make equal checkpoints on one machine."""
     copy_steps: int = 400
