@@ -54,17 +54,24 @@ def _first_choices(policy: Policy, shown: Demonstration, relations: Sequence[str
     system = tuple(chat.message_ids(Message(role="system", content=system_prompt(search_stub()))))
     row = demonstration_row(shown, chat, system)
     batch = pack([row], pad_id=chat.pad_id)
-    logits = policy.model.get_output_embeddings()(token_states(policy.model, batch))
-    choices = logits[batch.place[0]].argmax(-1).tolist()
+    head = policy.model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output layer"
+    choices = head(token_states(policy.model, batch))[batch.place[0]].argmax(-1).tolist()
     right = [a == b for a, b in zip(choices, row.ids, strict=False)]
     starts = [i for i in range(len(row.ids)) if row.action[i] and (i == 0 or not row.action[i - 1])]
     found = []
     for start, message, relation in zip(starts, shown.messages, relations, strict=True):
-        action = parse(message)
-        value = str(action.tool_call.arguments["query"]) if action.tool_call else action.answer
-        spans = [_span(chat.encode_text(message), chat.encode_text(text)) for text in (f" {relation}", value or "")]
-        found.append(tuple(all(right[start + i] for i in span) for span in spans))
+        ids = chat.encode_text(message)
+        named, said = (_span(ids, chat.encode_text(text)) for text in (f" {relation}", _said(message)))
+        found.append((all(right[start + i] for i in named), all(right[start + i] for i in said)))
     return found
+
+
+def _said(message: str) -> str:
+    """The query or the answer in a message."""
+    action = parse(message)
+    arguments = (action.tool_call and action.tool_call.arguments) or {}
+    return str(arguments.get("query", action.answer))
 
 
 def _span(ids: list[int], part: list[int]) -> range:

@@ -26,6 +26,8 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 SHOWN_METHODS = ("grpo-or", "grpo-mr", "mt-grpo", "turn-rloo")
 """What `turnwise credit` prints unless told otherwise: as many as fit a line."""
+WARMUPS = ("tools", "search")
+"""The protocols that `turnwise warmup` can teach."""
 EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
 """What the extra `train` brings."""
 
@@ -288,7 +290,10 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
     from turnwise.search_warmup import SearchWarmupConfig
     from turnwise.warmup import WarmupConfig
 
-    if _option(args, "--protocol") == "search":
+    protocol = _option(args, "--protocol") or "tools"
+    if protocol not in WARMUPS:
+        raise unknown_name("protocol", protocol, WARMUPS)
+    if protocol == "search":
 
         def search_warmup(*, config: Annotated[SearchWarmupConfig, tyro.conf.arg(name="")]) -> int:
             """Teach a checkpoint that can copy and read to search several times.

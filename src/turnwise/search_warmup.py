@@ -263,7 +263,8 @@ class SearchDemonstrator:
         return last.answer if last.known and self._happens(self.habits.recalls_right) else self.source.guess(last)
 
     def _first_thought(self, chain: Chain) -> str:
-        return self._thought(FIRST_THOUGHTS if len(chain.hops) > 1 else ONLY_THOUGHTS, chain.hops[0].relation)
+        first, last = chain.hops[0], chain.hops[-1]
+        return self._thought(ONLY_THOUGHTS if first is last else FIRST_THOUGHTS, first.relation)
 
     def _thought(self, thoughts: Sequence[str], relation: str) -> str:
         return self.rng.choice(thoughts).replace("{relation}", relation.replace("_", " "))
