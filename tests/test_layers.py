@@ -47,6 +47,7 @@ LAYERS = [
     "watch",
     "training",
     "warmup",
+    "search_warmup",
     "compare",
     "report",
     "display",

@@ -76,7 +76,7 @@ def test_an_unfamiliar_question_is_asked_as_it_stands(source: SubjectSource) -> 
         call = parse(shown.messages[0]).tool_call
         assert call is not None
         assert call.arguments == {"query": shown.question}
-        assert 4 <= len(shown.question.split()) <= 22
+        assert 4 <= len(shown.question.split()) <= 3 * 26
 
 
 def test_a_reader_who_reads_wrong_copies_another_value_of_the_article(source: SubjectSource) -> None:

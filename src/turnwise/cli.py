@@ -26,6 +26,8 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 SHOWN_METHODS = ("grpo-or", "grpo-mr", "mt-grpo", "turn-rloo")
 """What `turnwise credit` prints unless told otherwise: as many as fit a line."""
+WARMUPS = ("tools", "search")
+"""The protocols that `turnwise warmup` can teach."""
 EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
 """What the extra `train` brings."""
 
@@ -282,15 +284,33 @@ def _check_file_first(file: Path | None, args: Sequence[str]) -> None:
 
 
 def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
-    """`turnwise warmup`."""
+    """`turnwise warmup`; the protocol decides which options there are."""
     import tyro
 
+    from turnwise.search_warmup import SearchWarmupConfig
     from turnwise.warmup import WarmupConfig
+
+    protocol = _option(args, "--protocol") or "tools"
+    if protocol not in WARMUPS:
+        raise unknown_name("protocol", protocol, WARMUPS)
+    if protocol == "search":
+
+        def search_warmup(*, config: Annotated[SearchWarmupConfig, tyro.conf.arg(name="")]) -> int:
+            """Teach a checkpoint that can copy and read to search several times.
+
+            Args:
+                config: The options.
+            """
+            return _warmup(config)
+
+        return search_warmup
 
     default = WarmupConfig()
 
     def warmup(*, config: Annotated[WarmupConfig, tyro.conf.arg(name="")] = default) -> int:
         """Make a starting checkpoint from demonstrations, as the embedded one was made.
+
+        With --protocol search: teach a checkpoint that can copy and read to search several times.
 
         Args:
             config: The options.
@@ -300,26 +320,39 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
     return warmup
 
 
+def _option(args: Sequence[str], name: str) -> str | None:
+    """The value of an option in raw arguments: `--name value` or `--name=value`."""
+    for number, arg in enumerate(args):
+        given, equals, value = arg.partition("=")
+        if given == name:
+            return value if equals else next(iter(args[number + 1 :]), None)
+    return None
+
+
 def _warmup(config: Any) -> int:
     import time
 
     from turnwise.display import duration
     from turnwise.rundir import writing
-    from turnwise.warmup import phases, warm_up
+    from turnwise.search_warmup import SearchWarmupConfig, search_warm_up
+    from turnwise.warmup import warm_up
 
     with writing(config.out):
         config.out.mkdir(parents=True, exist_ok=True)
     if any(config.out.iterdir()):
         raise InputError(f"--out must name a new or empty folder; {config.out} holds files; choose another")
-    total, started = sum(phase.steps for phase in phases(config)), time.perf_counter()
+    started = time.perf_counter()
 
     def watch(_policy: Any, phase: str, step: int, loss: float) -> None:
-        if step % 50 == 0 or step == total:
-            left = duration((time.perf_counter() - started) / step * (total - step))
-            print(f"{phase}  step {step}/{total}  loss {loss:.3f}  {left} left", flush=True)
+        if step % 50 == 0 or step == config.steps:
+            left = duration((time.perf_counter() - started) / step * (config.steps - step))
+            print(f"{phase}  step {step}/{config.steps}  loss {loss:.3f}  {left} left", flush=True)
 
     with writing(config.out):
-        warm_up(config, watch)
+        if isinstance(config, SearchWarmupConfig):
+            search_warm_up(config, watch)
+        else:
+            warm_up(config, watch)
     print(f"The checkpoint is in {config.out}. What next:")
     print(f"  turnwise eval {config.out}")
     print(f"  turnwise train --policy {config.out}")

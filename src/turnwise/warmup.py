@@ -11,9 +11,10 @@ import dataclasses
 import functools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -160,11 +161,17 @@ class SubjectSource:
 
     def invented(self) -> Subject:
         kind = self.rng.choice([k for k in atlas.kinds().values() if self._pooled(k)])
+        values = self.invented_values(kind)
+        return self._ask(kind, invented_name(self.rng), values, False)
+
+    def invented_values(self, kind: atlas.Kind, needed: str | None = None) -> dict[str, str]:
+        """Values of some relations of a kind, as an entity might have; always one of the relation `needed`."""
         relations = self._pooled(kind)
         self.rng.shuffle(relations)
         kept = relations[: self.rng.randint(min(3, len(relations)), len(relations))]
-        values = {r: self.value(kind.name, r) for r in kept}
-        return self._ask(kind, invented_name(self.rng), values, False)
+        if needed and needed not in kept:
+            kept.append(needed)
+        return {r: self.value(kind.name, r) for r in kept}
 
     def value(self, kind: str, relation: str) -> str:
         """A plausible value: some entity's, or an invented one of its form."""
@@ -464,6 +471,8 @@ class WarmupConfig:
 
     out: Path = Path("runs/warmup")
     """Folder of the checkpoint to make."""
+    protocol: Literal["tools"] = "tools"
+    """What is taught: JSON calls, in the tags of `turnwise.tags`. With "search", see its own options."""
     seed: int = 0
     """Equal seeds make equal checkpoints on one machine."""
     copy_steps: int = 400
@@ -481,6 +490,11 @@ class WarmupConfig:
     layers: int = 3
     """Depth of the model."""
 
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return self.copy_steps + self.skill_steps + self.habit_steps
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -497,22 +511,28 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the warm-up."""
+    """A stretch of a warm-up."""
 
     name: str
     steps: int
-    habits: Habits
-    mixture: Mixture
+    rows: Callable[[], list[Row]]
+    """Makes one step's sequences."""
     rates: tuple[float, float]
     """Learning rate at its beginning and its end, as shares of the peak; a straight line in between."""
 
 
-def phases(config: WarmupConfig) -> tuple[Phase, ...]:
+def phases(config: WarmupConfig, source: SubjectSource, chat: Chat) -> tuple[Phase, ...]:
     """The phases in order."""
+    system = tuple(chat.message_ids(Message(role="system", content=system_prompt(search_stub()))))
+
+    def phase(name: str, steps: int, habits: Habits, mixture: Mixture, rates: tuple[float, float]) -> Phase:
+        demonstrator = Demonstrator(source, habits)
+        return Phase(name, steps, lambda: warmup_rows(demonstrator, mixture, chat, system, config.rows), rates)
+
     return (
-        Phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15, 0.0), (1.0, 1.0)),
-        Phase("skills", config.skill_steps, SKILLS, Mixture(0.11, 0.15, 0.2, 0.15, 0.24), (1.0, 0.05)),
-        Phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.24, 0.36, Habits.calls, 0.09), (0.3, 0.02)),
+        phase("copy", config.copy_steps, SKILLS, Mixture(0.7, 0.12, 0.03, 0.15, 0.0), (1.0, 1.0)),
+        phase("skills", config.skill_steps, SKILLS, Mixture(0.11, 0.15, 0.2, 0.15, 0.24), (1.0, 0.05)),
+        phase("habits", config.habit_steps, Habits(), Mixture(0.04, 0.24, 0.36, Habits.calls, 0.09), (0.3, 0.02)),
     )
 
 
@@ -571,35 +591,29 @@ def warm_up(config: WarmupConfig, watch: Watch | None = None) -> Policy:
     source = SubjectSource(random.Random(config.seed))
     chat = Chat(train_tokenizer(tokenizer_texts(source)))
     policy = tiny_policy(chat, seed=config.seed, hidden=config.hidden, layers=config.layers)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    step = 0
-    for phase in phases(config):
-        for number in range(phase.steps):
-            share = np.interp(number, (0, phase.steps), phase.rates) * min(1.0, (step + 1) / 100)
-            rate = config.learning_rate * float(share)
-            loss = warmup_step(policy, optimizer, source, phase, config.rows, rate)
-            step += 1
-            if watch:
-                watch(policy, phase.name, step, loss)
+    teach(policy, phases(config, source, chat), config.learning_rate, watch)
     save_policy(policy, config.out)
     return policy
 
 
-def warmup_step(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    source: SubjectSource,
-    phase: Phase,
-    count: int,
-    rate: float,
-) -> float:
-    """One step of maximum likelihood on the demonstrations' policy tokens; the loss, nats per token."""
-    chat = policy.chat
-    system = tuple(chat.message_ids(Message(role="system", content=system_prompt(search_stub()))))
-    rows = warmup_rows(Demonstrator(source, phase.habits), phase.mixture, chat, system, count)
+def teach(policy: Policy, phases: Iterable[Phase], learning_rate: float, watch: Watch | None = None) -> None:
+    """Trains the policy through the phases in order; the rate rises to its peak within the first 100 steps."""
+    optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    step = 0
+    for phase in phases:
+        for number in range(phase.steps):
+            share = np.interp(number, (0, phase.steps), phase.rates) * min(1.0, (step + 1) / 100)
+            loss = teach_rows(policy, optimizer, phase.rows(), learning_rate * float(share))
+            step += 1
+            if watch:
+                watch(policy, phase.name, step, loss)
+
+
+def teach_rows(policy: Policy, optimizer: torch.optim.Optimizer, rows: Sequence[Row], rate: float) -> float:
+    """One step of maximum likelihood on the rows' taught tokens; the loss, nats per token."""
     tokens = sum(int(row.loss.sum()) for row in rows)
     total = 0.0
-    for batch in micro_batches(rows, max_tokens=2048, pad_id=chat.pad_id):
+    for batch in micro_batches(rows, max_tokens=2048, pad_id=policy.chat.pad_id):
         logprobs, _ = token_logprobs(policy.model, batch, batch.loss)
         loss = -logprobs.sum() / tokens
         loss.backward()
