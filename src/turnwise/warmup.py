@@ -458,7 +458,6 @@ def _taught(system: tuple[int, ...], ids: list[int], action: list[bool]) -> Row:
         loss=mask,
         sampling_logprobs=np.zeros(len(ids), dtype=np.float32),
         advantages=mask.astype(np.float32),
-        share=np.ones(len(ids), dtype=np.float32),
     )
 
 
