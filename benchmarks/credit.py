@@ -45,9 +45,11 @@ def make_table(rollouts: int, *, seed: int = 0, ragged: bool = False) -> TurnTab
     """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, TURNS + 1, rollouts) if ragged else np.full(rollouts, TURNS)
-    nodes = [
+    nodes: list[list[Hashable]] = [
         [(i // GROUP_SIZE, k, i % GROUP_SIZE >> max(0, 3 - k // 2)) for k in range(n)] for i, n in enumerate(lengths)
     ]
+    for i, path in enumerate(nodes):
+        path[-1] = (path[-1], i)  # the last turn, which is paid with the outcome, is no other rollout's
     paid: dict[Hashable, dict[str, float]] = {}
     for node in dict.fromkeys(node for path in nodes for node in path):
         tool, found = rng.normal(size=2).tolist()

@@ -261,8 +261,10 @@ def turn_table(
             "groups, turn_rewards and outcome_rewards must have one entry per rollout; got "
             f"{len(groups)}, {len(turn_rewards)} and {len(outcome_rewards)}"
         )
-    if len(groups) and not np.issubdtype(np.asarray(groups).dtype, np.integer):
-        raise ValueError(f"groups must be whole numbers, one per rollout; got {list(groups)[:3]}; number them")
+    for i, group in enumerate(groups):
+        whole = isinstance(group, int | np.integer) and not isinstance(group, bool)
+        if not whole or not -(2**63) <= group < 2**63:
+            raise ValueError(f"groups must be whole numbers of 64 bits; rollout {i} has {group!r}; number them")
     for i, turns in enumerate(turn_rewards):
         if len(turns) == 0:
             raise ValueError(f"a rollout must have at least one turn; rollout {i} has none")
@@ -301,7 +303,7 @@ def _columns(rows: Sequence[Mapping[str, float]], what: str) -> dict[str, np.nda
     columns = {name: np.full(len(rows), np.nan) for name in names}
     for i, row in enumerate(rows):
         for name, value in row.items():
-            if not np.isfinite(value):
+            if not isinstance(value, int | float | np.number) or not np.isfinite(value):
                 raise ValueError(f"rewards must be finite; {name!r} of {what} {i} is {value}")
             columns[name][i] = value
     return columns
