@@ -346,7 +346,7 @@ def test_bad_rewards_are_refused_with_their_place(groups, turns, outcomes, messa
 
 
 def test_a_reward_that_is_none_is_refused_with_its_row():
-    with pytest.raises((ValueError, TypeCheckError), match="'r' of turn 1 is None|None"):
+    with pytest.raises((ValueError, TypeCheckError), match="None"):
         turn_table([0], [[{}, {"r": None}]], [{}])  # pyright: ignore[reportArgumentType]
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,30 @@ def test_estimators_of_turns_are_their_formula_as_loops(name: str, ragged: bool)
     assert near == []  # the loops of one method do not fit another
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_single_precision_columns_are_computed_in_double(name: str):
+    step = STEPS[True]
+
+    def rounded(columns, kind):
+        return {key: column.astype(np.float32).astype(kind) for key, column in columns.items()}
+
+    found = []
+    for kind in (np.float32, np.float64):
+        assert step.values is not None
+        found.append(
+            ESTIMATORS[name](
+                replace(
+                    step,
+                    turn_rewards=rounded(step.turn_rewards, kind),
+                    outcome_rewards=rounded(step.outcome_rewards, kind),
+                    values=step.values.astype(np.float32).astype(kind),
+                )
+            ).advantages
+        )
+    assert found[0].dtype == np.float64
+    assert_allclose(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", TOKEN_ESTIMATORS)
 def test_estimators_of_tokens_are_their_formula_as_loops(name: str):
     tokens = LOOPS.tokens_of(STEPS[True], 7)
@@ -83,7 +108,7 @@ def test_the_mean_over_a_turns_tokens():
 
 
 def calls() -> tuple[TurnTable, np.ndarray]:
-    """Four rollouts of three turns; only those that succeed have the good call, all have the idle one, two a fair one."""
+    """Four rollouts of three turns: those that succeed have the good call, all have the idle one, two a fair one."""
     turns = [
         [{"good": 9.0}, {"idle": 9.0}, {"fair": 9.0}],
         [{"good": 9.0}, {"idle": 9.0}, {}],
