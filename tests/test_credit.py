@@ -336,11 +336,18 @@ def test_a_broken_table_is_refused_with_the_row(change: dict, message: str):
         ([0, 0], [[{}], [{"r": 1.0}, {"r": math.nan}]], [{}, {}], "'r' of turn 2 is nan"),
         ([0, 0], [[{}], [{}]], [{}, {"o": math.inf}], "'o' of rollout 1 is inf"),
         ([], [], [], "at least one turn"),
+        ([0, 2**70], [[{}], [{}]], [{}, {}], "rollout 1 has 1180591620717411303424"),
+        ([0, 2**63], [[{}], [{}]], [{}, {}], "rollout 1 has 9223372036854775808"),
     ],
 )
 def test_bad_rewards_are_refused_with_their_place(groups, turns, outcomes, message):
     with pytest.raises(ValueError, match=message):
         turn_table(groups, turns, outcomes)
+
+
+def test_a_reward_that_is_none_is_refused_with_its_row():
+    with pytest.raises((ValueError, TypeCheckError), match="None"):
+        turn_table([0], [[{}, {"r": None}]], [{}])  # pyright: ignore[reportArgumentType]
 
 
 def test_a_column_of_the_wrong_length_is_refused_not_broadcast():

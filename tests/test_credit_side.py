@@ -58,6 +58,30 @@ def test_a_method_without_its_column_is_refused(file: Path, capsys):
     assert "did you mean mt-grpo" in capsys.readouterr().err
 
 
+def test_methods_of_tokens_are_shown_by_the_mean_of_their_turns(tmp_path: Path, capsys):
+    # γ = λ = 1, outcome 2: to go 2 everywhere, minus values 0, 1 | 5: 2, 1 | −3; means 1.5 and −3
+    path, out = tmp_path / "t.jsonl", tmp_path / "t.html"
+    turns = [{"token_values": [0, 1], "value": 0}, {"token_values": [5], "value": 1}]
+    path.write_text(json.dumps({"group": "q", "turns": turns, "outcome": {"right": 2}}) + "\n")
+    assert main(["credit", str(path), "--methods", "ppo-or", "vetta", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "+1.50" in shown
+    assert "-3.00" in shown.replace("−", "-")
+    turns[0].pop("value")
+    path.write_text(json.dumps({"group": "q", "turns": turns, "outcome": {"right": 2}}) + "\n")
+    assert main(["credit", str(path), "--methods", "vetta"]) == 2
+    assert "must have value in every turn for vetta" in capsys.readouterr().err
+    assert main(["credit", str(path), "--methods", "mt-ppo"]) == 0
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_printed(file: Path, tmp_path: Path, capsys):
+    for out in (tmp_path / "nowhere" / "x.html", tmp_path):
+        assert main(["credit", str(file), "--out", str(out)]) == 2
+        said = capsys.readouterr()
+        assert "must be writable" in said.err
+        assert said.out == ""
+
+
 def test_a_runs_rollouts_have_tokens_and_anchors(tmp_path: Path, capsys):
     run = write_run(tmp_path / "run", estimator="mt-grpo", seed=0)
     assert main(["credit", str(run / "rollouts.jsonl"), "--methods", "gigpo", "reinforce++"]) == 0

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from turnwise.batch import Row, distinct_rows, micro_batches, pack, rollout_row, weighted
+from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, pack, rollout_row, weighted
+from turnwise.credit import ESTIMATORS, turn_table
 from turnwise.errors import InputError, RunError
 from turnwise.loss import policy_loss
 from turnwise.policy import Policy, load_policy, save_policy, tiny_policy, token_logprobs
@@ -155,6 +156,51 @@ def test_environment_tokens_have_no_gradient(tiny: Policy):
     assert_close(gradient(tiny, found), gradient(tiny, expected), atol=1e-6, rtol=1e-4)
     poisoned = [dataclasses.replace(r, advantages=np.where(r.action, r.advantages, np.float32(1e6))) for r in rows()]
     assert_close(batched_loss(tiny, poisoned, max_tokens=10_000), expected)
+
+
+@pytest.mark.parametrize("name", ["grpo-mr", "mt-grpo", "turn-rloo", "gigpo"])
+def test_the_surrogates_gradient_at_ratio_one_is_that_of_advantages_times_log_probabilities(tiny: Policy, name: str):
+    played = [rollout(0, 9, 4, 5), rollout(1, 9, 2, 3), rollout(2, 9, 6)]
+    table = turn_table(
+        [0, 0, 0],
+        [[{"r": 1.0}, {}], [{"r": 0.25}, {}], [{}]],
+        [{"o": 0.0}, {"o": 1.0}, {"o": 2.0}],
+        anchors=[["s", "t"], ["s", "t"], ["s"]],
+    )
+    credit = np.split(ESTIMATORS[name](table).advantages, table.last[:-1] + 1)
+    made = [rollout_row(r, own.tolist(), [True] * len(own)) for r, own in zip(played, credit, strict=True)]
+    batch = pack(made, pad_id=0)
+    logprobs, _ = token_logprobs(tiny.model, batch, batch.loss)
+    weights, advantages = torch.ones_like(logprobs), batch.advantages[batch.loss]
+    found = gradient(tiny, policy_loss(logprobs, logprobs.detach(), advantages, weights).loss)
+    expected = torch.zeros(())
+    for row, turns, own in zip(made, played, credit, strict=True):
+        sampled = torch.from_numpy(row.action)
+        by_token = np.repeat(own, [len(turn.action_ids) for turn in turns.turns])
+        expected = expected + (plain_logprobs(tiny, row)[sampled] * torch.tensor(by_token, dtype=torch.float32)).sum()
+    expected = -gradient(tiny, expected)
+    assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert expected.abs().max() > 0.01
+    flat = gradient(tiny, policy_loss(*_again(tiny, batch), torch.ones_like(advantages), weights).loss)
+    assert (flat - expected).abs().max() > 0.01  # other advantages, another gradient
+
+
+def _again(policy: Policy, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs, _ = token_logprobs(policy.model, batch, batch.loss)
+    return logprobs, logprobs.detach()
+
+
+def test_the_loss_has_no_slope_in_logits_that_chose_the_tools_tokens(tiny: Policy):
+    row = rollout_row(rollout(0, 9, 4, 5), [2.0, -1.0], [True, True])
+    ids = torch.tensor([[*row.prompt_ids, *row.ids]])
+    logits = tiny.model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].detach().requires_grad_()
+    logprobs = logits.log_softmax(-1).gather(-1, ids[0, len(row.prompt_ids) :, None])[:, 0]
+    at = torch.from_numpy(row.loss)
+    chosen, advantages = logprobs[at], torch.from_numpy(row.advantages)[at]
+    policy_loss(chosen, chosen.detach(), advantages, torch.ones_like(advantages)).loss.backward()
+    assert logits.grad is not None
+    assert (logits.grad[~torch.from_numpy(row.action)] == 0).all()
+    assert (logits.grad[torch.from_numpy(row.action)].abs().max(-1).values > 0).all()
 
 
 def test_a_turn_outside_the_loss_mask_is_not_trained(tiny: Policy):

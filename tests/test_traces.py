@@ -81,6 +81,11 @@ def test_a_runs_own_rollouts_are_read_as_they_are(tmp_path: Path):
         ({"group": "q", "turns": [{"anchor": [1]}]}, "anchor must be a text or a whole number"),
         ('{"group": "q", "turns": [{"value": NaN}]}', "value must be a finite number within .*; got NaN"),
         ({"group": "q", "turns": [{}], "outcom": {}}, "got 'outcom'"),
+        ({"group": True, "turns": [{}]}, "group must be a text or a whole number; got true"),
+        ({"group": "q", "turns": [{"anchor": False}]}, "anchor must be a text or a whole number; got false"),
+        ({"group": "q", "turns": [{"token_values": []}]}, "token_values must be a list of a number for each"),
+        ({"group": "q", "turns": [{"token_values": [1], "tokens": 2}]}, "as many numbers as tokens, 2; got 1"),
+        ({"group": "q", "turns": [{"token_values": ["x"]}]}, "token_values must be a finite number"),
         ({"rollout": {}, "step": 1}, "must be a rollout that a run recorded; KeyError"),
     ],
 )

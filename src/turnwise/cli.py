@@ -28,6 +28,8 @@ SHOWN_METHODS = ("grpo-or", "grpo-mr", "mt-grpo", "turn-rloo")
 """What `turnwise credit` prints unless told otherwise: as many as fit a line."""
 WARMUPS = ("tools", "search")
 """The protocols that `turnwise warmup` can teach."""
+LARGEST_GROUP = 128
+"""Rollouts in a group that `turnwise lab` takes on."""
 EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
 """What the extra `train` brings."""
 
@@ -545,31 +547,41 @@ def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out
     Args:
         file: A run's rollouts.jsonl, or JSON lines of turns and rewards (see docs/credit.md).
         methods: Names of estimators; by default some of the best known here, and on the page all that the file has the
-            columns for.
+            fields for. Of those with an advantage per token the mean over each turn's tokens is shown.
         groups: Groups to print.
         out: Also write an HTML page there.
     """
-    from turnwise.credit import ESTIMATORS, NEEDS
+    from turnwise.credit import ESTIMATORS, TOKEN_ESTIMATORS
     from turnwise.report.side import print_side_by_side, write_side_by_side
-    from turnwise.traces import read_traces, traces_table
+    from turnwise.traces import lacking, read_traces, traces_credit, traces_table
 
+    known = (*ESTIMATORS, *TOKEN_ESTIMATORS)
     for name in methods:
-        if name not in ESTIMATORS:
-            raise unknown_name("methods", name, ESTIMATORS)
+        if name not in known:
+            raise unknown_name("methods", name, known)
     if groups < 1:
         raise ConfigError(f"groups must be >= 1; got {groups}; give the number of groups to print")
+    if out:
+        _check_out(out)
     traces = read_traces(file)
-    table = traces_table(traces)
-    able = [name for name in ESTIMATORS if all(getattr(table, column) is not None for column in NEEDS.get(name, ()))]
     for name in methods:
-        if name not in able:
-            needed = " and ".join(NEEDS[name])
-            raise InputError(f"{file} must have {needed} in every turn for {name}; it has not; add it, or leave it out")
-    found = {name: ESTIMATORS[name](table).advantages for name in methods or able}
+        if missing := " and ".join(lacking(name, traces)):
+            raise InputError(
+                f"{file} must have {missing} in every turn for {name}; it has not; add it, or leave it out"
+            )
+    table = traces_table(traces)
+    able = [name for name in known if not lacking(name, traces)]
+    found = {name: traces_credit(name, traces, table) for name in methods or able}
     shown = {name: found[name] for name in methods or SHOWN_METHODS if name in found}
     print_side_by_side(traces, shown, _console(), groups=groups)
     if out:
         print(f"The page is {write_side_by_side(traces, found, file, out)}.")
+
+
+def _check_out(path: Path) -> None:
+    """RunError, before any work, for a file that cannot be written."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise RunError(f"{path} must be writable, in a folder that exists; it is not; choose another --out")
 
 
 def lab(
@@ -602,6 +614,13 @@ def lab(
             raise unknown_name("estimators", name, able)
     if not group_sizes or min(*group_sizes, groups, samples) < 1:
         raise ConfigError("group-sizes, groups and samples must be >= 1; got less; give such numbers")
+    if max(group_sizes) > LARGEST_GROUP:
+        raise ConfigError(
+            f"group-sizes must be at most {LARGEST_GROUP}: larger groups take hours; got {max(group_sizes)}; "
+            "give smaller ones, or call turnwise.lab.group_gradient for one problem"
+        )
+    for end in (".json", ".svg") if out else ():
+        _check_out(Path(f"{out}{end}"))
     chosen = {name: ESTIMATORS[name] for name in estimators or able}
     whole = [name for name in chosen if name in WHOLE_STEP]
     rows = bias_map(chosen, group_sizes=group_sizes, per_group=whole, limit=groups, samples=samples)

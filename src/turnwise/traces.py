@@ -5,9 +5,10 @@ One line is one rollout:
     {"group": "q1", "turns": [{"rewards": {"found": 0.5}, "text": "search(...)"}, {}], "outcome": {"right": 1}}
 
 `group` and `turns` must be there; `outcome` holds the named rewards of the whole rollout. A turn may have `rewards`,
-`text`, `tokens` (how many the policy sampled), `value` (a critic's, of the state before it), `anchor` (equal for turns
-taken in equal states) and `node` (equal for turns that rollouts of a tree share). A rollout may have `id` and
-`bootstrap` (the value of the state in which it was cut off). A run's rollouts.jsonl is read as it is.
+`text`, `tokens` (how many the policy sampled), `value` (a critic's, of the state before it), `token_values` (the same
+before each sampled token), `anchor` (equal for turns taken in equal states) and `node` (equal for turns that rollouts
+of a tree share). A rollout may have `id` and `bootstrap` (the value of the state in which it was cut off). A run's
+rollouts.jsonl is read as it is.
 """
 
 import json
@@ -16,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turnwise.credit import TurnTable, turn_table
-from turnwise.credit.table import LARGEST
+import numpy as np
+
+from turnwise.credit import ESTIMATORS, NEEDS, TOKEN_ESTIMATORS, TokenTable, TurnTable, turn_means, turn_table
+from turnwise.credit.table import LARGEST, Turns
 from turnwise.errors import InputError
 from turnwise.tasks import read_records
 
-TURN_FIELDS = ("rewards", "text", "tokens", "value", "anchor", "node")
+TURN_FIELDS = ("rewards", "text", "tokens", "value", "token_values", "anchor", "node")
 ROLLOUT_FIELDS = ("group", "id", "turns", "outcome", "bootstrap")
 
 
@@ -33,6 +36,7 @@ class TracedTurn:
     text: str = ""
     tokens: int | None = None
     value: float | None = None
+    token_values: tuple[float, ...] | None = None
     anchor: Hashable = None
     node: Hashable = None
 
@@ -77,6 +81,28 @@ def traces_table(traces: Sequence[Trace]) -> TurnTable:
         raise InputError(f"the rollouts must make a turn table; {error}; rows count the file's turns from 0") from error
 
 
+def lacking(name: str, traces: Sequence[Trace]) -> list[str]:
+    """The fields that a method needs and some turn does not have."""
+    if name in TOKEN_ESTIMATORS:
+        fields = ["token_values", *(["value"] if name == "vetta" else [])]
+    else:
+        fields = ["value" if column == "values" else column for column in NEEDS.get(name, ())]
+    return [field for field in fields if any(getattr(t, field) is None for trace in traces for t in trace.turns)]
+
+
+def traces_credit(name: str, traces: Sequence[Trace], table: TurnTable) -> Turns:
+    """The advantage of each turn under a method; of methods with one per token the mean over the turn's tokens."""
+    if name in ESTIMATORS:
+        return ESTIMATORS[name](table).advantages
+    values = [turn.token_values or () for trace in traces for turn in trace.turns]
+    tokens = TokenTable(
+        turns=table,
+        turn=np.repeat(np.arange(len(values)), [len(own) for own in values]),
+        values=np.array([value for own in values for value in own]),
+    )
+    return turn_means(tokens, TOKEN_ESTIMATORS[name](tokens).advantages)
+
+
 def _table(
     traces: Sequence[Trace],
     groups: dict[Hashable, int],
@@ -98,7 +124,7 @@ def _table(
 def _trace(record: Mapping[str, Any], place: str) -> Trace:
     _check_fields(record, ROLLOUT_FIELDS, place)
     group = record.get("group")
-    if not isinstance(group, str | int):
+    if isinstance(group, bool) or not isinstance(group, str | int):
         raise _wrong(place, "group", "a text or a whole number", group)
     turns = record.get("turns")
     if not isinstance(turns, list) or not turns:
@@ -117,20 +143,32 @@ def _turn(record: Any, place: str) -> TracedTurn:
     if not isinstance(record, dict):
         raise _wrong(place, "a turn", "a JSON object", record)
     _check_fields(record, TURN_FIELDS, place)
-    tokens, value = record.get("tokens"), record.get("value")
+    tokens, value, values = record.get("tokens"), record.get("value"), _token_values(record, place)
     if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
         raise _wrong(place, "tokens", "a whole number of at least 1", tokens)
     for name in ("anchor", "node"):
-        if not isinstance(record.get(name), str | int | None):
+        if isinstance(record.get(name), bool) or not isinstance(record.get(name), str | int | None):
             raise _wrong(place, name, "a text or a whole number", record[name])
     return TracedTurn(
         rewards=_rewards(record.get("rewards"), f"{place}, rewards"),
         text=str(record.get("text", "")),
-        tokens=tokens,
+        tokens=tokens if values is None else len(values),
         value=None if value is None else _number(value, place, "value"),
+        token_values=values,
         anchor=record.get("anchor"),
         node=record.get("node"),
     )
+
+
+def _token_values(record: Mapping[str, Any], place: str) -> tuple[float, ...] | None:
+    values, tokens = record.get("token_values"), record.get("tokens")
+    if values is None:
+        return None
+    if not isinstance(values, list) or not values:
+        raise _wrong(place, "token_values", "a list of a number for each sampled token", values)
+    if tokens is not None and tokens != len(values):
+        raise _wrong(place, "token_values", f"as many numbers as tokens, {tokens}", len(values))
+    return tuple(_number(value, place, "token_values") for value in values)
 
 
 def _of_run(record: Mapping[str, Any], place: str) -> Trace:

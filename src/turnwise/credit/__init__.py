@@ -33,7 +33,7 @@ from turnwise.credit.parts import (
     z_score,
 )
 from turnwise.credit.table import TokenTable, TurnTable, token_table, turn_table
-from turnwise.credit.tokens import broadcast, loss_weights, padded, padded_tokens, turn_ids_from_mask
+from turnwise.credit.tokens import broadcast, loss_weights, padded, padded_tokens, turn_ids_from_mask, turn_means
 from turnwise.credit.trajectory import (
     dr_grpo,
     gdpo,
@@ -46,6 +46,7 @@ from turnwise.credit.trajectory import (
 )
 from turnwise.credit.transforms import (
     alias_potential,
+    calibrated_rewards,
     information_gain,
     pay_at_the_end,
     potential_shaping,
@@ -84,6 +85,7 @@ __all__ = [
     "anchor_keys",
     "bi_level_gae",
     "broadcast",
+    "calibrated_rewards",
     "carl_edges",
     "child_mean_values",
     "diagnostics",
@@ -138,6 +140,7 @@ __all__ = [
     "treerl",
     "turn_ids_from_mask",
     "turn_index_keys",
+    "turn_means",
     "turn_ppo",
     "turn_rloo",
     "turn_table",

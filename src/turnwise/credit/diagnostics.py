@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from turnwise.credit.parts import group_std
+from turnwise.credit.parts import varied
 from turnwise.credit.table import Turns, TurnTable
+from turnwise.credit.trajectory import rollout_sums
 
 NOTHING = 1e-9
 """An advantage smaller than this is none."""
@@ -23,8 +24,8 @@ def diagnostics(table: TurnTable, advantages: Turns) -> Mapping[str, float]:
     """
     groups, sizes = np.unique(table.rollout_group, return_counts=True)
     reward = table.turn_reward()
-    total = np.bincount(table.rollout, weights=reward) + table.outcome_reward()
-    varies = group_std(total, table.rollout_group, ddof=0) > 0
+    total = rollout_sums(table, reward) + table.outcome_reward()
+    varies = varied(total, table.rollout_group)
     size = np.abs(advantages)
     largest = np.zeros(len(groups))
     np.maximum.at(largest, np.searchsorted(groups, table.group), size)

@@ -12,11 +12,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from turnwise.credit.parts import Credit, Stream, group_mean, whiten
-from turnwise.credit.table import Rollouts, TokenKeys, Tokens, TokenTable, Turns, TurnTable
+from turnwise.credit.parts import Credit, Steps, Stream, group_mean, sums_to_go, whiten
+from turnwise.credit.table import Rollouts, Tokens, TokenTable, TurnTable
 from turnwise.credit.trajectory import rollout_rewards
 
-Steps = Float[np.ndarray, "S"]
 StepKeys = Int[np.ndarray, "S"]
 Sequences = Float[np.ndarray, "Q"]
 Placement = Literal["outcome", "merged", "turns"]
@@ -43,7 +42,7 @@ def token_rewards(table: TokenTable, placement: Placement) -> Tokens:
         case "outcome" | "merged":
             rewards[table.last[turns.last]] = rollout_rewards(turns, placement)
         case "turns":
-            rewards[table.last] = _turn_rewards(turns)
+            rewards[table.last] = turns.reward()
         case _:
             raise ValueError(f"placement must be a known name; got {placement!r}; take one of {Placement.__args__}")
     return rewards
@@ -59,8 +58,8 @@ def sampled_token_rewards(table: TokenTable, rewards: Tokens) -> Tokens:
     if not np.isfinite(rewards).all():
         row = int((~np.isfinite(rewards)).argmax())
         raise ValueError(f"rewards must be finite; token {row} has {rewards[row]}")
-    written = _written(table)
-    before = np.searchsorted(written, np.arange(len(table.turn)), side="right") - 1
+    written = table.written
+    before = np.cumsum(table.turn >= 0) - 1
     return np.bincount(written[np.maximum(before, 0)], weights=rewards, minlength=len(table.turn))
 
 
@@ -75,10 +74,11 @@ def gae(rewards: Steps, values: Steps, sequence: StepKeys, bootstrap: Sequences,
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number <= 1:
             raise ValueError(f"{name} must be in [0, 1]; got {number}")
-    values = values.astype(float)
-    after = np.append(values[1:], 0.0)
-    after[np.append(sequence[1:] != sequence[:-1], True)] = bootstrap
-    return _sums_to_go(rewards + gamma * after - values, sequence, gamma * lam)
+    ends = np.append(np.flatnonzero(sequence[1:] != sequence[:-1]), len(sequence) - 1)
+    after = np.empty(len(values))
+    after[:-1] = values[1:]
+    after[ends] = bootstrap
+    return sums_to_go(rewards + gamma * after - values, np.diff(ends, prepend=-1), gamma * lam)
 
 
 def token_gae(table: TokenTable, rewards: Tokens, *, gamma: float, lam: float) -> TokenCredit:
@@ -91,11 +91,15 @@ def token_gae(table: TokenTable, rewards: Tokens, *, gamma: float, lam: float) -
     zero and λ = 1 give the discounted reward-to-go, which REINFORCE++ (arXiv 2501.03262) whitens.
     Schulman et al. 2016, arXiv 1506.02438. `gamma` discounts per token.
     """
-    written, values = _written(table), _token_values(table)
+    return _token_gae(table, sampled_token_rewards(table, rewards), gamma=gamma, lam=lam)
+
+
+def _token_gae(table: TokenTable, paid: Tokens, *, gamma: float, lam: float) -> TokenCredit:
+    """`token_gae` with rewards at tokens that the policy wrote."""
+    written, values = table.written, _token_values(table)[table.written]
     rollout = table.turns.rollout[table.turn[written]]
-    paid = sampled_token_rewards(table, rewards)
-    found = gae(paid[written], values[written], rollout, _bootstrap(table.turns), gamma=gamma, lam=lam)
-    return _token_credit(table, found, found + values[written])
+    found = gae(paid[written], values, rollout, _bootstrap(table.turns), gamma=gamma, lam=lam)
+    return _token_credit(table, found, found + values)
 
 
 def ppo_or(table: TokenTable, *, gamma: float = 1.0, lam: float = 1.0) -> TokenCredit:
@@ -105,7 +109,7 @@ def ppo_or(table: TokenTable, *, gamma: float = 1.0, lam: float = 1.0) -> TokenC
 
     "PPO-OR" of arXiv 2505.11821.
     """
-    return token_gae(table, token_rewards(table, "outcome"), gamma=gamma, lam=lam)
+    return _token_gae(table, token_rewards(table, "outcome"), gamma=gamma, lam=lam)
 
 
 def ppo_mr(table: TokenTable, *, gamma: float = 1.0, lam: float = 1.0) -> TokenCredit:
@@ -115,7 +119,7 @@ def ppo_mr(table: TokenTable, *, gamma: float = 1.0, lam: float = 1.0) -> TokenC
 
     "PPO-MR" of arXiv 2505.11821.
     """
-    return token_gae(table, token_rewards(table, "merged"), gamma=gamma, lam=lam)
+    return _token_gae(table, token_rewards(table, "merged"), gamma=gamma, lam=lam)
 
 
 def mt_ppo(table: TokenTable, *, gamma: float = 1.0, lam: float = 1.0) -> TokenCredit:
@@ -125,7 +129,7 @@ def mt_ppo(table: TokenTable, *, gamma: float = 1.0, lam: float = 1.0) -> TokenC
 
     "MT-PPO" of Zeng et al. 2025, arXiv 2505.11821.
     """
-    return token_gae(table, token_rewards(table, "turns"), gamma=gamma, lam=lam)
+    return _token_gae(table, token_rewards(table, "turns"), gamma=gamma, lam=lam)
 
 
 def mt_ppo_paid_at_end(table: TokenTable, *, gamma: float = 1.0, lam: float = 1.0) -> TokenCredit:
@@ -147,7 +151,7 @@ def whiten_tokens(table: TokenTable, advantages: Tokens, *, eps: float = 1e-8) -
 
     What PPO trainers do to token advantages, and REINFORCE++ (arXiv 2501.03262) to the reward-to-go.
     """
-    written = _written(table)
+    written = table.written
     return _on_tokens(table, whiten(advantages[written], eps=eps))
 
 
@@ -162,7 +166,7 @@ def turn_ppo(table: TurnTable, *, gamma: float = 0.99, lam: float = 0.9) -> Cred
     table.need("values")
     assert table.values is not None
     values = table.values
-    found = gae(_turn_rewards(table), values, table.rollout, _bootstrap(table), gamma=gamma, lam=lam)
+    found = gae(table.reward(), values, table.rollout, _bootstrap(table), gamma=gamma, lam=lam)
     return Credit(advantages=found, streams={"turn": Stream(value=found + values, baseline=values, advantage=found)})
 
 
@@ -190,9 +194,9 @@ def bi_level_gae(
     turn gets Aₖ itself. Their code tells turns by rewards that are not 0; here a turn without reward is a turn.
     `gamma` and `lam` are per turn, `token_gamma` and `token_lam` (γ′, λ′) per token.
     """
-    turns, written, values = table.turns, _written(table), _token_values(table)
+    turns, written, values = table.turns, table.written, _token_values(table)
     at_end = values[table.last]
-    turn = gae(_turn_rewards(turns), at_end, turns.rollout, _bootstrap(turns), gamma=gamma, lam=lam)
+    turn = gae(turns.reward(), at_end, turns.rollout, _bootstrap(turns), gamma=gamma, lam=lam)
     paid = np.zeros(len(table.turn))
     paid[table.last] = turn + at_end
     nothing = np.zeros(len(turns.rollout))
@@ -219,37 +223,14 @@ def vetta(
     """
     turn = turn_ppo(table.turns, gamma=gamma, lam=lam)
     token = mt_ppo(table, gamma=token_gamma, lam=token_lam)
-    written = _written(table)
+    written = table.written
     row, own = table.turn[written], token.advantages[written]
     fused = turn.advantages[row] + alpha * (own - group_mean(own, row))
     return replace(token, advantages=_on_tokens(table, fused))
 
 
-def _sums_to_go(steps: Steps, sequence: StepKeys, discount: float) -> Steps:
-    """Sₜ = xₜ + discount · Sₜ₊₁ within each sequence; each round doubles how many steps a sum reaches."""
-    sums, reach = steps.copy(), 1
-    longest = int(np.bincount(sequence).max())
-    while reach < longest:
-        same = sequence[reach:] == sequence[:-reach]
-        sums[:-reach] += np.where(same, discount * sums[reach:], 0.0)
-        discount, reach = discount * discount, 2 * reach
-    return sums
-
-
-def _turn_rewards(table: TurnTable) -> Turns:
-    """Each turn's reward; the last turn's with the outcome."""
-    rewards = table.turn_reward()
-    rewards[table.last] += table.outcome_reward()
-    return rewards
-
-
 def _bootstrap(table: TurnTable) -> Rollouts:
     return np.zeros(table.num_rollouts) if table.bootstrap is None else table.bootstrap
-
-
-def _written(table: TokenTable) -> TokenKeys:
-    """The places of the tokens that the policy wrote."""
-    return np.flatnonzero(table.turn >= 0)
 
 
 def _token_values(table: TokenTable) -> Tokens:
@@ -265,5 +246,5 @@ def _token_credit(table: TokenTable, advantages: Steps, returns: Steps) -> Token
 def _on_tokens(table: TokenTable, found: Steps) -> Tokens:
     """One number per sampled token among all tokens; 0 elsewhere."""
     out = np.zeros(len(table.turn))
-    out[_written(table)] = found
+    out[table.written] = found
     return out

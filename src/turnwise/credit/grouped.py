@@ -14,14 +14,21 @@ from turnwise.credit.parts import (
     Credit,
     Stream,
     group_mean,
-    group_std,
+    group_sizes,
+    group_sum,
+    in_stds,
     leave_one_out_mean,
+    numbered,
+    paired,
     reward_to_go,
     turn_index_keys,
+    varied,
     z_score,
+    z_stream,
 )
 from turnwise.credit.table import TurnKeys, Turns, TurnTable
 from turnwise.credit.trajectory import dr_grpo, grpo_mr, grpo_or
+from turnwise.credit.transforms import after_turns
 
 TurnFlags = Bool[np.ndarray, "N"]
 Scale = Literal["std", "one"]
@@ -46,7 +53,7 @@ def turn_rloo(table: TurnTable, *, gamma: float = 1.0) -> Credit:
     """
     returns, keys = _returns(table, gamma), turn_index_keys(table)
     endings = leave_one_out_mean(returns[table.last], table.rollout_group)[table.rollout]
-    baseline = np.where(_sizes(keys) > 1, leave_one_out_mean(returns, keys), endings)
+    baseline = np.where(group_sizes(keys) > 1, leave_one_out_mean(returns, keys), endings)
     return _credit(Stream(value=returns, baseline=baseline, advantage=returns - baseline))
 
 
@@ -60,8 +67,7 @@ def gtpo(table: TurnTable, *, gamma: float = 0.9, ddof: int = 1, eps: float = 1e
     rollout reached gets 0. `gamma` discounts per turn.
     """
     returns, keys = _returns(table, gamma), turn_index_keys(table)
-    found = z_score(returns, keys, ddof=ddof, eps=eps)
-    return _credit(Stream(value=returns, baseline=group_mean(returns, keys), advantage=found))
+    return _credit(z_stream(returns, keys, ddof=ddof, eps=eps))
 
 
 def matchtir(table: TurnTable, *, gamma: float = 0.9, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -106,7 +112,8 @@ def anchor_keys(table: TurnTable, *, history: int = 0) -> TurnKeys:
     All anchors are those of the turn's own rollout. A turn with fewer than j turns before it has a key of its own,
     below zero.
     """
-    return _histories(table, history)[-1]
+    keys = _histories(table, history)[-1]
+    return np.where(table.index >= history, keys, -1 - np.arange(len(keys)))
 
 
 def gigpo(
@@ -134,7 +141,7 @@ def gigpo(
     """
     whole = grpo_mr(table, ddof=ddof, eps=eps) if scale == "std" else dr_grpo(table)
     returns, keys = _returns(table, gamma), anchor_keys(table)
-    turn = _compared(returns, keys, table.rollout, scale=scale, singleton=singleton, own=own, ddof=ddof, eps=eps)
+    turn, _ = _compared(returns, keys, table.rollout, scale=scale, singleton=singleton, own=own, ddof=ddof, eps=eps)
     return Credit(advantages=whole.advantages + omega * turn.advantage, streams={**whole.streams, "turn": turn})
 
 
@@ -206,13 +213,10 @@ def gagpo(
     turns, and 0 in a state that only one rollout was in. The defaults of γ and λ are ours. `gamma` discounts per turn.
     """
     returns, keys = _returns(table, gamma), anchor_keys(table)
+    met = _met(keys, table.rollout, own=own)
     alone = returns if own else np.zeros(len(returns))
-    values = _baseline(returns, keys, table.rollout, own=own, alone=alone)
-    after = np.append(values[1:], 0.0)
-    after[table.last] = 0.0
-    rewards = table.turn_reward()
-    rewards[table.last] += table.outcome_reward()
-    deltas = rewards + gamma * after - values
+    values = np.where(met, _baseline(returns, keys, table.rollout, own=own), alone)
+    deltas = table.reward() + gamma * after_turns(values, np.zeros(table.num_rollouts), table) - values
     found = reward_to_go(deltas, np.zeros(table.num_rollouts), table, discount=gamma * lam)
     return Credit(
         advantages=z_score(found, table.group, ddof=ddof, eps=eps),
@@ -228,16 +232,18 @@ def _returns(table: TurnTable, gamma: float) -> Turns:
 
 
 def _histories(table: TurnTable, longest: int) -> list[TurnKeys]:
-    """The keys of `anchor_keys` for histories of 0 to `longest`."""
+    """Keys like those of `anchor_keys` for histories of 0 to `longest`; all 0 or more."""
     table.need("anchor")
     assert table.anchor is not None
     if longest < 0:
         raise ValueError(f"history must be 0 or more; got {longest}; give the number of turns before to look at")
-    anchor = _paired(table.group, table.anchor)
+    anchor = paired(table.group, table.anchor)
     out = [anchor]
     for j in range(1, longest + 1):
         before = np.roll(out[-1], 1)  # of the same rollout wherever the turn has j turns before it
-        out.append(np.where(table.index >= j, _paired(before, anchor), -1 - np.arange(len(anchor))))
+        keys = paired(before, anchor)
+        alone = int(keys.max()) + 1 + np.arange(len(keys))
+        out.append(numbered(np.where(table.index >= j, keys, alone))[0])
     return out
 
 
@@ -245,43 +251,23 @@ def _credit(turn: Stream) -> Credit:
     return Credit(advantages=turn.advantage, streams={"turn": turn})
 
 
-def _sizes(keys: TurnKeys) -> TurnKeys:
-    """How many rows have the same key, at each row."""
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    return counts[inverse]
-
-
-def _sums(values: Turns, keys: TurnKeys) -> Turns:
-    """The sum over all rows with the same key, at each row."""
-    _, inverse = np.unique(keys, return_inverse=True)
-    return np.bincount(inverse, weights=values)[inverse]
-
-
-def _paired(first: TurnKeys, second: TurnKeys) -> TurnKeys:
-    """One key per pair of keys, 0 or more."""
-    _, a = np.unique(first, return_inverse=True)  # small numbers, whatever the caller's are
-    _, b = np.unique(second, return_inverse=True)
-    _, keys = np.unique(a * (int(b.max()) + 1) + b, return_inverse=True)
-    return keys
-
-
 def _met(keys: TurnKeys, rollout: TurnKeys, *, own: bool) -> TurnFlags:
     """Which rows have another to be compared with: any with the same key, or without `own` one of another rollout."""
-    return _sizes(keys) > (1 if own else _sizes(_paired(keys, rollout)))
+    return group_sizes(keys) > (1 if own else group_sizes(paired(keys, rollout)))
 
 
-def _baseline(values: Turns, keys: TurnKeys, rollout: TurnKeys, *, own: bool, alone: Turns) -> Turns:
-    """The mean over the rows with the same key, without `own` over those of other rollouts; `alone` where none is met.
+def _baseline(values: Turns, keys: TurnKeys, rollout: TurnKeys, *, own: bool) -> Turns:
+    """The mean over the rows with the same key, without `own` over those of other rollouts, where there are any.
 
     Exact where all rows with the key are equal.
     """
-    mean = group_mean(values, keys)
-    if not own:
-        mine = _paired(keys, rollout)
-        others = _sizes(keys) - _sizes(mine)
-        mean = (_sums(values, keys) - _sums(values, mine)) / np.maximum(others, 1)
-    mean = np.where(group_std(values, keys, ddof=0) > 0, mean, values)
-    return np.where(_met(keys, rollout, own=own), mean, alone)
+    if own:
+        mean = group_mean(values, keys)
+    else:
+        mine = paired(keys, rollout)
+        others = group_sizes(keys) - group_sizes(mine)
+        mean = (group_sum(values, keys) - group_sum(values, mine)) / np.maximum(others, 1)
+    return np.where(varied(values, keys), mean, values)
 
 
 def _compared(
@@ -294,20 +280,23 @@ def _compared(
     own: bool,
     ddof: int,
     eps: float,
-) -> Stream:
-    """Values against the mean of their key, in units of its standard deviation or as they are."""
+) -> tuple[Stream, TurnFlags]:
+    """Values against the mean of their key, in units of its standard deviation or as they are; and which have one."""
     if scale not in ("std", "one"):
         raise ValueError(f"scale must be 'std' or 'one'; got {scale!r}; give one of them")
     if singleton not in ("zero", "raw"):
         raise ValueError(f"singleton must be 'zero' or 'raw'; got {singleton!r}; give one of them")
+    met = _met(keys, rollout, own=own)
+    if own and scale == "std":
+        found = z_stream(values, keys, ddof=ddof, eps=eps)
+        mean, advantage = found.baseline, found.advantage
+    else:
+        mean = _baseline(values, keys, rollout, own=own)
+        advantage = values - mean
+        advantage = in_stds(advantage, values, keys, ddof=ddof, eps=eps) if scale == "std" else advantage
     alone = values if singleton == "zero" else np.zeros(len(values))
-    baseline = _baseline(values, keys, rollout, own=own, alone=alone)
-    advantage = values - baseline
-    if scale == "std":
-        std = group_std(values, keys, ddof=ddof)
-        scaled = np.where(std > 0, advantage / (std + np.where(std > 0, eps, 1.0)), 0.0)
-        advantage = np.where(_met(keys, rollout, own=own), scaled, advantage)
-    return Stream(value=values, baseline=baseline, advantage=advantage)
+    baseline, advantage = np.where(met, mean, alone), np.where(met, advantage, values - alone)
+    return Stream(value=values, baseline=baseline, advantage=advantage), met
 
 
 def _levels(
@@ -316,13 +305,14 @@ def _levels(
     """For each length of history from 0: the turns compared, and which had another to be compared with."""
     returns, rollout, out = _returns(table, gamma), table.rollout, []
     for keys in _histories(table, history):
-        level = _compared(returns, keys, rollout, scale=scale, singleton="zero", own=own, ddof=ddof, eps=eps)
-        out.append((level, _met(keys, rollout, own=own)))
+        out.append(_compared(returns, keys, rollout, scale=scale, singleton="zero", own=own, ddof=ddof, eps=eps))
     return out
 
 
 def _averaged(levels: list[Stream], weights: list[Turns], *, eps: float) -> Credit:
-    total = np.sum(weights, axis=0)
-    summed = np.sum([w * level.advantage for w, level in zip(weights, levels, strict=True)], axis=0)
+    total, summed = np.zeros(len(weights[0])), np.zeros(len(weights[0]))
+    for weight, level in zip(weights, levels, strict=True):
+        total += weight
+        summed += weight * level.advantage
     advantages = np.where(total > 0, summed / (total + np.where(total > 0, eps, 1.0)), 0.0)
     return Credit(advantages=advantages, streams={f"history {j}": level for j, level in enumerate(levels)})

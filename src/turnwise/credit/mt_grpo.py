@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from turnwise.credit.parts import Credit, Stream, group_mean, reward_to_go, turn_index_keys, z_score
+from turnwise.credit.parts import Credit, on_turns, reward_to_go, turn_index_keys, z_score, z_stream
 from turnwise.credit.table import TurnTable
-from turnwise.credit.trajectory import rollout_rewards
+from turnwise.credit.trajectory import rollout_rewards, rollout_sums
 
 
 def mt_grpo(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -20,19 +20,13 @@ def mt_grpo(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float =
     turn gets Aᴵ + Aᴼ. Where all rollouts have equally many turns and the last has no turn reward, Aᴵ of the last
     turn is 0 and the paper's form remains.
     """
-    reward, outcome = table.turn_reward(), table.outcome_reward()
-    keys = turn_index_keys(table)
-    own = z_score(reward, keys, ddof=ddof, eps=eps)
-    last = z_score(outcome, table.rollout_group, ddof=ddof, eps=eps)
-    streams = {
-        "turn": Stream(value=reward, baseline=group_mean(reward, keys), advantage=own),
-        "outcome": Stream(
-            value=outcome[table.rollout],
-            baseline=group_mean(outcome, table.rollout_group)[table.rollout],
-            advantage=last[table.rollout],
-        ),
-    }
-    return Credit(advantages=reward_to_go(own, last, table, discount=alpha), streams=streams)
+    reward, outcome, keys = table.turn_reward(), table.outcome_reward(), turn_index_keys(table)
+    own = z_stream(reward, keys, ddof=ddof, eps=eps)
+    last = z_stream(outcome, table.rollout_group, ddof=ddof, eps=eps)
+    return Credit(
+        advantages=reward_to_go(own.advantage, last.advantage, table, discount=alpha),
+        streams={"turn": own, "outcome": on_turns(last, table)},
+    )
 
 
 def mt_grpo_repo(table: TurnTable, *, coef: float = 1.0, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -46,8 +40,7 @@ def mt_grpo_repo(table: TurnTable, *, coef: float = 1.0, ddof: int = 1, eps: flo
     so mixes two estimators. Equal to `mt_grpo` where all rollouts have two turns, the first alone is paid, c = α = 1.
     """
     group = table.rollout_group
-    turns = np.bincount(table.rollout, weights=table.turn_reward())
-    own = z_score(turns, group, ddof=ddof, eps=eps)
+    own = z_score(rollout_sums(table, table.turn_reward()), group, ddof=ddof, eps=eps)
     outcome = z_score(table.outcome_reward(), group, ddof=ddof, eps=eps)
     merged = z_score(rollout_rewards(table, "merged"), group, ddof=ddof, eps=eps)
     first = np.where(np.bincount(table.rollout) > 1, outcome + coef * own, merged)

@@ -4,8 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
+
+Flags = Bool[np.ndarray, "N"]
+PerNumber = Float[np.ndarray, "C"]
+"""One number per group."""
+FlagPerNumber = Bool[np.ndarray, "C"]
+Steps = Float[np.ndarray, "S"]
+"""One number per time step: a turn or a token."""
+Lengths = Int[np.ndarray, "Q"]
+"""One whole number per sequence of steps."""
+BLOCK = 64
+"""Sequences of steps that are longer are summed block by block."""
+ROUNDING = 1e-6
+"""Standard deviations below this share of the mean may be errors of rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +40,47 @@ class Credit:
     streams: Mapping[str, Stream] = field(default_factory=dict)
 
 
+def on_turns(stream: Stream, table: TurnTable) -> Stream:
+    """What each rollout has, at each of its turns."""
+    at = table.rollout
+    return Stream(value=stream.value[at], baseline=stream.baseline[at], advantage=stream.advantage[at])
+
+
+def numbered(keys: TurnKeys) -> tuple[TurnKeys, int]:
+    """Small numbers from 0, equal for equal keys and for no others, and one more than the largest of them.
+
+    Keys that are small already stay as they are, so not every number up to the largest need occur: that saves the
+    sort by which others are numbered. The count is below four times the rows.
+    """
+    low, high = int(keys.min()), int(keys.max())
+    if high - low < 4 * len(keys):
+        return (keys - low if low else keys), high - low + 1
+    names, numbers = np.unique(keys, return_inverse=True)
+    return numbers, len(names)
+
+
+def paired(first: TurnKeys, second: TurnKeys) -> TurnKeys:
+    """One key per pair of keys, 0 or more."""
+    (a, _), (b, count) = numbered(first), numbered(second)
+    return numbered(a * count + b)[0]
+
+
+def group_sizes(keys: TurnKeys) -> TurnKeys:
+    """How many rows have the same key, at each row."""
+    numbers, _ = numbered(keys)
+    return np.bincount(numbers)[numbers]
+
+
+def group_sum(values: Turns, keys: TurnKeys) -> Turns:
+    """The sum over all rows with the same key, at each row."""
+    numbers, _ = numbered(keys)
+    return np.bincount(numbers, weights=values)[numbers]
+
+
 def group_mean(values: Turns, keys: TurnKeys) -> Turns:
     """The mean over all rows with the same key, at each row."""
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    return (np.bincount(inverse, weights=values) / counts)[inverse]
+    numbers, _ = numbered(keys)
+    return (np.bincount(numbers, weights=values) / np.maximum(np.bincount(numbers), 1))[numbers]
 
 
 def group_std(values: Turns, keys: TurnKeys, *, ddof: int) -> Turns:
@@ -37,14 +88,8 @@ def group_std(values: Turns, keys: TurnKeys, *, ddof: int) -> Turns:
 
     Exactly 0 where all values of a group are equal.
     """
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    means = np.bincount(inverse, weights=values) / counts
-    squares = np.bincount(inverse, weights=(values - means[inverse]) ** 2)
-    variance = squares / np.maximum(counts - ddof, 1)
-    low, high = np.full(len(counts), np.inf), np.full(len(counts), -np.inf)
-    np.minimum.at(low, inverse, values)
-    np.maximum.at(high, inverse, values)
-    return np.where((counts > ddof) & (high > low), np.sqrt(variance), 0.0)[inverse]
+    numbers, _ = numbered(keys)
+    return _moments(values, numbers, ddof)[2][numbers]
 
 
 def z_score(values: Turns, keys: TurnKeys, *, ddof: int = 1, eps: float = 1e-4) -> Turns:
@@ -54,9 +99,26 @@ def z_score(values: Turns, keys: TurnKeys, *, ddof: int = 1, eps: float = 1e-4) 
 
     `keys` names each row's group.
     """
-    std = group_std(values, keys, ddof=ddof)
-    centred = values - group_mean(values, keys)
-    return np.where(std > 0, centred / (std + np.where(std > 0, eps, 1.0)), 0.0)
+    return z_stream(values, keys, ddof=ddof, eps=eps).advantage
+
+
+def z_stream(values: Turns, keys: TurnKeys, *, ddof: int = 1, eps: float = 1e-4) -> Stream:
+    """Values, the means of their groups, and their z-scores."""
+    numbers, _ = numbered(keys)
+    baseline, centred, stds = _moments(values, numbers, ddof)
+    return Stream(value=values, baseline=baseline, advantage=_divided(centred, stds, eps, numbers))
+
+
+def in_stds(centred: Turns, values: Turns, keys: TurnKeys, *, ddof: int, eps: float) -> Turns:
+    """Differences in units of the standard deviation of the values with the same key, plus eps; 0 where that is 0."""
+    numbers, _ = numbered(keys)
+    return _divided(centred, _moments(values, numbers, ddof)[2], eps, numbers)
+
+
+def varied(values: Turns, keys: TurnKeys) -> Flags:
+    """Which rows have a key whose rows differ in their values."""
+    numbers, count = numbered(keys)
+    return _differ(values, numbers, count)[numbers]
 
 
 def leave_one_out_mean(values: Turns, keys: TurnKeys, *, alone: float = 0.0) -> Turns:
@@ -64,10 +126,11 @@ def leave_one_out_mean(values: Turns, keys: TurnKeys, *, alone: float = 0.0) -> 
 
     Kool et al. 2019; RLOO, Ahmadian et al. 2024, arXiv 2402.14740.
     """
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    others = (counts - 1)[inverse]
-    sums = np.bincount(inverse, weights=values)[inverse] - values
-    return np.where(others > 0, sums / np.maximum(others, 1), alone)
+    numbers, _ = numbered(keys)
+    others = np.bincount(numbers) - 1
+    found = (np.bincount(numbers, weights=values)[numbers] - values) / np.maximum(others, 1)[numbers]
+    found[others[numbers] == 0] = alone
+    return found
 
 
 def whiten(values: Turns, *, eps: float = 1e-8) -> Turns:
@@ -75,13 +138,15 @@ def whiten(values: Turns, *, eps: float = 1e-8) -> Turns:
 
     (x − mean) / (std + eps)   over the whole step, groups together
     """
-    return z_score(values, np.zeros(len(values), dtype=np.int64), ddof=1, eps=eps)
+    if values.min() == values.max():
+        return np.zeros(len(values))
+    return (values - values.mean()) / (values.std(ddof=1) + eps)
 
 
 def turn_index_keys(table: TurnTable) -> TurnKeys:
     """A key per turn that is shared by the turns of one group at one index."""
-    _, group = np.unique(table.group, return_inverse=True)  # small numbers, whatever the caller's are
-    return group * (int(table.index.max()) + 1) + table.index
+    group, _ = numbered(table.rollout_group)  # small numbers, whatever the caller's are
+    return (group * (int(table.index.max()) + 1))[table.rollout] + table.index
 
 
 def reward_to_go(turns: Turns, final: Rollouts, table: TurnTable, *, discount: float) -> Turns:
@@ -89,15 +154,66 @@ def reward_to_go(turns: Turns, final: Rollouts, table: TurnTable, *, discount: f
 
     Gₖ = xₖ + discount · Gₖ₊₁,    G_K = x_K + final   for the last turn K
     """
-    out = turns.astype(float).copy()
+    out = turns.astype(float)
     out[table.last] += final
-    for k in range(int(table.index.max()) - 1, -1, -1):
-        rows = np.flatnonzero((table.index == k) & ~_is_last(table))
-        out[rows] += discount * out[rows + 1]
+    return sums_to_go(out, table.last - table.first + 1, discount)
+
+
+def sums_to_go(steps: Steps, lengths: Lengths, discount: float) -> Steps:
+    """Sₜ = xₜ + discount · Sₜ₊₁ within sequences of these lengths, one after the other.
+
+    Long sequences are cut into blocks: first the sums within each, then those of the blocks' first steps, which are
+    sequences again, and then what every step has from the block after its own.
+    """
+    if lengths.max() <= BLOCK:
+        return _short_sums_to_go(steps, lengths, discount)
+    count = -(-lengths // BLOCK)
+    ends = np.cumsum(count)
+    blocks = np.full(ends[-1], BLOCK)
+    blocks[ends - 1] = lengths - (count - 1) * BLOCK
+    within, after_block = _short_sums_to_go(steps, blocks, discount), np.cumsum(blocks)
+    rest = np.append(sums_to_go(within[after_block - blocks], count, discount**BLOCK)[1:], 0.0)
+    rest[ends - 1] = 0.0
+    powers = discount ** np.arange(BLOCK + 1.0)
+    within += powers[np.repeat(after_block, blocks) - np.arange(len(steps))] * np.repeat(rest, blocks)
+    return within
+
+
+def _short_sums_to_go(steps: Steps, lengths: Lengths, discount: float) -> Steps:
+    """The same, from the last place back: at each, the sequences that are as long."""
+    out, longest_first = steps.copy(), np.argsort(-lengths, kind="stable")
+    first, rest = (np.cumsum(lengths) - lengths)[longest_first], np.zeros(len(lengths))
+    longer = len(lengths) - np.cumsum(np.bincount(lengths))  # how many have more than 0, 1, ... steps
+    for k in range(len(longer) - 2, -1, -1):
+        rows = first[: longer[k]] + k
+        rest[: longer[k]] = out[rows] + discount * rest[: longer[k]]
+        out[rows] = rest[: longer[k]]
     return out
 
 
-def _is_last(table: TurnTable) -> np.ndarray:
-    last = np.zeros(len(table.rollout), dtype=bool)
-    last[table.last] = True
-    return last
+def _moments(values: Turns, numbers: TurnKeys, ddof: int) -> tuple[Turns, Turns, PerNumber]:
+    """At each row its number's mean and the value minus it; of each number the standard deviation.
+
+    That is exactly 0 where the values are equal, which is looked at where rounding may hide it.
+    """
+    counts = np.bincount(numbers)
+    means = np.bincount(numbers, weights=values) / np.maximum(counts, 1)
+    baseline = means[numbers]
+    centred = values - baseline
+    variance = np.bincount(numbers, weights=centred * centred) / np.maximum(counts - ddof, 1)
+    differ = variance > (ROUNDING * means) ** 2
+    unsure = np.flatnonzero((~differ & (counts > 1))[numbers])
+    differ |= _differ(values[unsure], numbers[unsure], len(counts))
+    return baseline, centred, np.where((counts > ddof) & differ, np.sqrt(variance), 0.0)
+
+
+def _differ(values: Turns, numbers: TurnKeys, count: int) -> FlagPerNumber:
+    """Of each number, whether its values differ."""
+    some = np.zeros(count)
+    some[numbers] = values
+    return np.bincount(numbers, weights=values != some[numbers], minlength=count) > 0
+
+
+def _divided(centred: Turns, stds: PerNumber, eps: float, numbers: TurnKeys) -> Turns:
+    units = np.where(stds > 0, stds + eps, np.inf)
+    return centred / units[numbers] + 0.0  # no -0

@@ -7,6 +7,7 @@ states, tree nodes, token counts) is a column that may be missing; a method that
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -132,40 +133,60 @@ class TurnTable:
             if getattr(self, name) is None:
                 raise ValueError(f"this method needs the column {name!r} of the turn table; it is missing; give it")
 
-    @property
+    @cached_property
     def num_rollouts(self) -> int:
         return int(self.rollout[-1]) + 1
 
-    @property
+    @cached_property
+    def first(self) -> RolloutKeys:
+        """The row of each rollout's first turn."""
+        return np.append(0, self.last[:-1] + 1)
+
+    @cached_property
     def last(self) -> RolloutKeys:
         """The row of each rollout's last turn."""
-        return np.append(np.flatnonzero(np.diff(self.rollout)), len(self.rollout) - 1)
+        return np.append(np.flatnonzero(self.rollout[1:] != self.rollout[:-1]), len(self.rollout) - 1)
 
-    @property
+    @cached_property
     def rollout_group(self) -> RolloutKeys:
         """The group of each rollout."""
         return self.group[self.last]
 
     def turn_reward(self) -> Turns:
         """The sum of each turn's components; absent ones add nothing."""
+        return self._turn_reward.copy()
+
+    @cached_property
+    def _turn_reward(self) -> Turns:
         return _summed(self.turn_rewards, len(self.rollout))
 
     def outcome_reward(self) -> Rollouts:
         """The sum of each rollout's components; absent ones add nothing."""
         return _summed(self.outcome_rewards, self.num_rollouts)
 
+    def reward(self) -> Turns:
+        """Each turn's reward; the last turn's with the outcome."""
+        rewards = self.turn_reward()
+        rewards[self.last] += self.outcome_reward()
+        return rewards
+
+
+def without_absent(column: np.ndarray) -> np.ndarray:
+    """The column with 0 where it is absent."""
+    return np.fmax(column, 0.0) + np.fmin(column, 0.0)  # either takes the 0 for a NaN, and one of them for a number
+
 
 def _summed(columns: Mapping[str, np.ndarray], length: int) -> np.ndarray:
-    total = np.zeros(length)
-    for column in columns.values():
-        total += np.nan_to_num(column, nan=0.0)
-    return total
+    found = [without_absent(column) for column in columns.values()]
+    return sum(found[1:], start=found[0]) if found else np.zeros(length)
 
 
 Tokens = Float[np.ndarray, "M"]
 """One number per token."""
 TokenKeys = Int[np.ndarray, "M"]
 """One whole number per token."""
+TokenPlaces = Int[np.ndarray, "W"]
+"""Places of some of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +218,15 @@ class TokenTable:
     def _missing(self, written: TokenKeys) -> int:
         return int(np.setdiff1d(np.arange(len(self.turns.rollout)), written)[0])
 
-    @property
+    @cached_property
+    def written(self) -> TokenPlaces:
+        """The places of the tokens that the policy wrote."""
+        return np.flatnonzero(self.turn >= 0)
+
+    @cached_property
     def last(self) -> TurnKeys:
         """The place of each turn's last token."""
-        written = np.flatnonzero(self.turn >= 0)
+        written = self.written
         return written[np.append(np.flatnonzero(np.diff(self.turn[written])), len(written) - 1)]
 
 
@@ -235,8 +261,10 @@ def turn_table(
             "groups, turn_rewards and outcome_rewards must have one entry per rollout; got "
             f"{len(groups)}, {len(turn_rewards)} and {len(outcome_rewards)}"
         )
-    if len(groups) and not np.issubdtype(np.asarray(groups).dtype, np.integer):
-        raise ValueError(f"groups must be whole numbers, one per rollout; got {list(groups)[:3]}; number them")
+    for i, group in enumerate(groups):
+        whole = isinstance(group, int | np.integer) and not isinstance(group, bool)
+        if not whole or not -(2**63) <= group < 2**63:
+            raise ValueError(f"groups must be whole numbers of 64 bits; rollout {i} has {group!r}; number them")
     for i, turns in enumerate(turn_rewards):
         if len(turns) == 0:
             raise ValueError(f"a rollout must have at least one turn; rollout {i} has none")
@@ -275,7 +303,7 @@ def _columns(rows: Sequence[Mapping[str, float]], what: str) -> dict[str, np.nda
     columns = {name: np.full(len(rows), np.nan) for name in names}
     for i, row in enumerate(rows):
         for name, value in row.items():
-            if not np.isfinite(value):
+            if not isinstance(value, int | float | np.number) or not np.isfinite(value):
                 raise ValueError(f"rewards must be finite; {name!r} of {what} {i} is {value}")
             columns[name][i] = value
     return columns

@@ -113,6 +113,12 @@ def broadcast(table: TokenTable, advantages: Turns) -> Tokens:
     return np.where(table.turn >= 0, advantages[table.turn], 0.0)
 
 
+def turn_means(table: TokenTable, tokens: Tokens) -> Turns:
+    """The mean over the tokens that the policy wrote in each turn."""
+    turn = table.turn[table.written]
+    return np.bincount(turn, weights=tokens[table.written]) / np.bincount(turn)
+
+
 def loss_weights(table: TokenTable, aggregation: Aggregation, *, length: int | None = None) -> Tokens:
     """What each token's term weighs in the loss; 0 for tokens that the policy did not write.
 

@@ -5,13 +5,23 @@ one sum. The suffixes -OR and -MR of arXiv 2505.11821 stand for these two.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool
 
-from turnwise.credit.parts import Credit, Stream, group_mean, group_std, leave_one_out_mean, z_score
-from turnwise.credit.table import RolloutKeys, Rollouts, TurnTable
+from turnwise.credit.parts import (
+    Credit,
+    Stream,
+    group_mean,
+    group_sizes,
+    leave_one_out_mean,
+    on_turns,
+    varied,
+    z_stream,
+)
+from turnwise.credit.table import Rollouts, Turns, TurnTable, without_absent
 
 Merging = Literal["outcome", "merged"]
 RolloutFlags = Bool[np.ndarray, "R"]
@@ -26,9 +36,16 @@ def rollout_rewards(table: TurnTable, rewards: Merging, *, gamma: float = 1.0) -
         return table.outcome_reward()
     if rewards != "merged":
         raise ValueError(f"rewards must be 'outcome' or 'merged'; got {rewards!r}; give one of them")
-    discount = gamma ** table.index.astype(float)
-    merged = np.bincount(table.rollout, weights=discount * table.turn_reward())
-    return merged + discount[table.last] * table.outcome_reward()
+    if gamma == 1:
+        return rollout_sums(table, table.turn_reward()) + table.outcome_reward()
+    discount = gamma ** np.arange(int(table.index.max()) + 1.0)
+    merged = rollout_sums(table, discount[table.index] * table.turn_reward())
+    return merged + discount[table.index[table.last]] * table.outcome_reward()
+
+
+def rollout_sums(table: TurnTable, turns: Turns) -> Rollouts:
+    """The sum over each rollout's turns."""
+    return np.bincount(table.rollout, weights=turns)
 
 
 def grpo_or(table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -52,8 +69,7 @@ def grpo_mr(table: TurnTable, *, gamma: float = 1.0, ddof: int = 1, eps: float =
 
 
 def _grpo(table: TurnTable, rewards: Rollouts, *, ddof: int, eps: float) -> Credit:
-    group = table.rollout_group
-    return _spread(table, rewards, group_mean(rewards, group), z_score(rewards, group, ddof=ddof, eps=eps))
+    return _spread(table, z_stream(rewards, table.rollout_group, ddof=ddof, eps=eps))
 
 
 def dr_grpo(table: TurnTable, *, rewards: Merging = "merged") -> Credit:
@@ -66,7 +82,7 @@ def dr_grpo(table: TurnTable, *, rewards: Merging = "merged") -> Credit:
     """
     found = rollout_rewards(table, rewards)
     baseline = group_mean(found, table.rollout_group)
-    return _spread(table, found, baseline, found - baseline)
+    return _spread(table, Stream(value=found, baseline=baseline, advantage=found - baseline))
 
 
 def rloo(table: TurnTable, *, rewards: Merging = "merged", singleton: Literal["zero", "raw"] = "zero") -> Credit:
@@ -81,10 +97,10 @@ def rloo(table: TurnTable, *, rewards: Merging = "merged", singleton: Literal["z
     group = table.rollout_group
     baseline = leave_one_out_mean(found, group)
     if singleton == "zero":
-        baseline = np.where(_group_sizes(group) > 1, baseline, found)
+        baseline = np.where(group_sizes(group) > 1, baseline, found)
     elif singleton != "raw":
         raise ValueError(f"singleton must be 'zero' or 'raw'; got {singleton!r}; give one of them")
-    return _spread(table, found, baseline, found - baseline)
+    return _spread(table, Stream(value=found, baseline=baseline, advantage=found - baseline))
 
 
 def reinforce_pp(
@@ -99,7 +115,8 @@ def reinforce_pp(
     """
     found = rollout_rewards(table, rewards)
     mean, std = _step_moments(found, _weights(table, over))
-    return _spread(table, found, np.full(len(found), mean), _scaled(found - mean, std, eps))
+    baseline = np.full(len(found), mean)
+    return _spread(table, Stream(value=found, baseline=baseline, advantage=_scaled(found - mean, std, eps)))
 
 
 def reinforce_pp_baseline(
@@ -115,7 +132,7 @@ def reinforce_pp_baseline(
     baseline = group_mean(found, table.rollout_group)
     centred = found - baseline
     mean, std = _step_moments(centred, _weights(table, over))
-    return _spread(table, found, baseline, _scaled(centred - mean, std, eps))
+    return _spread(table, Stream(value=found, baseline=baseline, advantage=_scaled(centred - mean, std, eps)))
 
 
 def gdpo(table: TurnTable, *, weights: Mapping[str, float] | None = None, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -128,18 +145,17 @@ def gdpo(table: TurnTable, *, weights: Mapping[str, float] | None = None, ddof: 
     """
     components = {**table.outcome_rewards}
     for name, column in table.turn_rewards.items():
-        total = np.bincount(table.rollout, weights=np.nan_to_num(column, nan=0.0))
-        components[name] = np.nan_to_num(components.get(name, 0.0), nan=0.0) + total
+        total = rollout_sums(table, without_absent(column))
+        components[name] = without_absent(components[name]) + total if name in components else total
     unknown = sorted(set(weights or {}) - set(components))
     if unknown:
         raise ValueError(f"weights must name reward components, {sorted(components)}; got {unknown[0]!r}")
-    group = table.rollout_group
     summed, streams = np.zeros(table.num_rollouts), {}
     for name, column in components.items():
-        value = np.nan_to_num(column, nan=0.0)
-        own = (weights or {}).get(name, 1.0) * z_score(value, group, ddof=ddof, eps=eps)
-        streams[name] = _stream(table, value, group_mean(value, group), own)
-        summed += own
+        own = z_stream(without_absent(column), table.rollout_group, ddof=ddof, eps=eps)
+        own = replace(own, advantage=(weights or {}).get(name, 1.0) * own.advantage)
+        streams[name] = on_turns(own, table)
+        summed += own.advantage
     mean, std = _step_moments(summed, np.ones(len(summed)))
     return Credit(advantages=_scaled(summed - mean, std, eps)[table.rollout], streams=streams)
 
@@ -149,23 +165,13 @@ def informative(table: TurnTable, *, rewards: Merging = "merged") -> RolloutFlag
 
     Yu et al. 2025, arXiv 2503.14476, section 3.2.
     """
-    return group_std(rollout_rewards(table, rewards), table.rollout_group, ddof=0) > 0
+    return varied(rollout_rewards(table, rewards), table.rollout_group)
 
 
-def _spread(table: TurnTable, value: Rollouts, baseline: Rollouts, advantage: Rollouts) -> Credit:
+def _spread(table: TurnTable, trajectory: Stream) -> Credit:
     """One number per rollout, on all of its turns."""
-    stream = _stream(table, value, baseline, advantage)
+    stream = on_turns(trajectory, table)
     return Credit(advantages=stream.advantage, streams={"trajectory": stream})
-
-
-def _stream(table: TurnTable, value: Rollouts, baseline: Rollouts, advantage: Rollouts) -> Stream:
-    at = table.rollout
-    return Stream(value=value[at], baseline=baseline[at], advantage=advantage[at])
-
-
-def _group_sizes(group: RolloutKeys) -> RolloutKeys:
-    _, inverse, counts = np.unique(group, return_inverse=True, return_counts=True)
-    return counts[inverse]
 
 
 def _weights(table: TurnTable, over: str) -> Rollouts:
@@ -175,7 +181,7 @@ def _weights(table: TurnTable, over: str) -> Rollouts:
         raise ValueError(f"over must be 'tokens' or 'rollouts'; got {over!r}; give one of them")
     table.need("tokens")
     assert table.tokens is not None
-    return np.bincount(table.rollout, weights=table.tokens)
+    return rollout_sums(table, table.tokens.astype(float))
 
 
 def _step_moments(values: Rollouts, weights: Rollouts) -> tuple[float, float]:

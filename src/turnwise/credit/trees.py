@@ -8,11 +8,15 @@ there. Rollouts that share a turn each have a row for it: `share_weights` counts
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 
-from turnwise.credit.parts import Credit, Stream, group_mean, reward_to_go, z_score
+from turnwise.credit.parts import Credit, Stream, group_mean, numbered, on_turns, reward_to_go, varied, z_stream
 from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
 from turnwise.credit.trajectory import Merging, rollout_rewards
 from turnwise.credit.transforms import after_turns
+
+Once = Int[np.ndarray, "M"]
+"""A row for each turn that is counted once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +35,11 @@ def states(table: TurnTable) -> tuple[TurnKeys, TurnKeys]:
     """The numbers of the states before and after each turn; turns with equal numbers before are siblings."""
     table.need("node")
     assert table.node is not None
-    groups, group = np.unique(table.group, return_inverse=True)
-    _, node = np.unique(table.node, return_inverse=True)
-    after = len(groups) + node
-    return np.where(table.index == 0, group, np.roll(after, 1)), after
+    group, groups = numbered(table.rollout_group)
+    after = groups + numbered(table.node)[0]
+    before = np.roll(after, 1)
+    before[table.first] = group
+    return before, after
 
 
 def leaf_counts(table: TurnTable) -> TurnKeys:
@@ -76,7 +81,7 @@ def leaf_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
     before, after = states(table)
     values = np.zeros(after.max() + 1)
     values[after] = _mean(returns[table.rollout], after)
-    start = before[table.index == 0]
+    start = before[table.first]
     values[start] = _mean(returns, start)
     return TreeValues(before=values[before], after=values[after], root=values[start][table.rollout])
 
@@ -87,15 +92,22 @@ def child_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
     V(leaf) = Rᵢ,    V(n) = mean of V over the children of n
     """
     before, after = states(table)
-    _, once = np.unique(after, return_index=True)
-    values = np.zeros(after.max() + 1)
-    for k in range(int(table.index.max()) + 1, -1, -1):
-        turns = once[table.index[once] == k]
-        ends = table.last[table.index[table.last] == k - 1]
-        parents = np.concatenate([before[turns], after[ends]])
-        values[parents] = _mean(np.concatenate([values[after[turns]], returns[table.rollout[ends]]]), parents)
-    start = before[table.index == 0]
-    return TreeValues(before=values[before], after=values[after], root=values[start][table.rollout])
+    once = _once(after)
+    children = np.concatenate([once, table.last])  # turns by their number, then leaves: the ends of rollouts
+    parents = np.concatenate([before[once], after[table.last]])
+    depth = np.concatenate([table.index[once], table.index[table.last] + 1])
+    counts, found = np.bincount(parents), np.zeros(len(children))
+    values, sums = np.zeros(after.max() + 1), np.zeros(len(counts))
+    low, high = np.full(len(counts), np.inf), np.full(len(counts), -np.inf)
+    found[len(once) :] = returns
+    order = np.argsort((depth.max() - depth).astype(np.min_scalar_type(depth.max())), kind="stable")
+    for level in np.split(order, np.flatnonzero(np.diff(depth[order])) + 1):  # the deepest first
+        turns, above = level[level < len(once)], parents[level]
+        found[turns] = values[after[once[turns]]]
+        for gather, into in ((np.add, sums), (np.minimum, low), (np.maximum, high)):
+            gather.at(into, above, found[level])
+        values[above] = np.clip(sums[above] / counts[above], low[above], high[above])  # exact where all are equal
+    return TreeValues(before=values[before], after=values[after], root=values[before[table.first]][table.rollout])
 
 
 def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Stream:
@@ -104,7 +116,10 @@ def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float
     Raises ValueError where rollouts that share a turn do not agree in its value.
     """
     before, after = states(table)
-    _, once, at = np.unique(after, return_index=True, return_inverse=True)
+    once = _once(after)
+    at = np.zeros(after.max() + 1, dtype=np.int64)
+    at[after[once]] = np.arange(len(once))
+    at = at[after]  # of each turn, its place in `once`
     odd = np.flatnonzero(values != values[once][at])
     if len(odd):
         row, other = int(odd[0]), int(once[at[odd[0]]])
@@ -112,12 +127,8 @@ def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float
             f"rollouts that share a turn must agree in its reward; rows {other} and {row} share one and have "
             f"{values[other]} and {values[row]}; give them one reward or two nodes"
         )
-    siblings = before[once]
-    return Stream(
-        value=values,
-        baseline=group_mean(values[once], siblings)[at],
-        advantage=z_score(values[once], siblings, ddof=ddof, eps=eps)[at],
-    )
+    found = z_stream(values[once], before[once], ddof=ddof, eps=eps)
+    return Stream(value=values, baseline=found.baseline[at], advantage=found.advantage[at])
 
 
 def mt_grpo_tree(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -132,14 +143,11 @@ def mt_grpo_tree(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: fl
     one Aᴵ, but another advantage in each rollout, whose later turns and outcome differ.
     """
     own = sibling_stream(table.turn_reward(), table, ddof=ddof, eps=eps)
-    outcome, group = table.outcome_reward(), table.rollout_group
-    last = z_score(outcome, group, ddof=ddof, eps=eps)
-    at = table.rollout
-    streams = {
-        "turn": own,
-        "outcome": Stream(value=outcome[at], baseline=group_mean(outcome, group)[at], advantage=last[at]),
-    }
-    return Credit(advantages=reward_to_go(own.advantage, last, table, discount=alpha), streams=streams)
+    last = z_stream(table.outcome_reward(), table.rollout_group, ddof=ddof, eps=eps)
+    return Credit(
+        advantages=reward_to_go(own.advantage, last.advantage, table, discount=alpha),
+        streams={"turn": own, "outcome": on_turns(last, table)},
+    )
 
 
 def treerl(table: TurnTable, *, rewards: Merging = "merged") -> Credit:
@@ -181,14 +189,8 @@ def tree_grpo(table: TurnTable, *, rewards: Merging = "merged", ddof: int = 1, e
     """
     found = rollout_rewards(table, rewards)
     _, after = states(table)
-    streams = {}
-    for name, keys in (("tree", after[table.index == 0]), ("group", table.rollout_group)):
-        advantage = z_score(found, keys, ddof=ddof, eps=eps)
-        streams[name] = Stream(
-            value=found[table.rollout],
-            baseline=group_mean(found, keys)[table.rollout],
-            advantage=advantage[table.rollout],
-        )
+    keys = {"tree": after[table.first], "group": table.rollout_group}
+    streams = {name: on_turns(z_stream(found, key, ddof=ddof, eps=eps), table) for name, key in keys.items()}
     return Credit(advantages=streams["tree"].advantage + streams["group"].advantage, streams=streams)
 
 
@@ -200,9 +202,7 @@ def slate(table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Credit:
     arXiv 2602.23440. The score is the turn's reward, with the outcome in a rollout's last turn. Continuations that were
     scored and not followed are rollouts that end there. ddof and eps are ours.
     """
-    scores = table.turn_reward()
-    scores[table.last] += table.outcome_reward()
-    siblings = sibling_stream(scores, table, ddof=ddof, eps=eps)
+    siblings = sibling_stream(table.reward(), table, ddof=ddof, eps=eps)
     return Credit(advantages=siblings.advantage, streams={"siblings": siblings})
 
 
@@ -217,16 +217,18 @@ def vineppo(table: TurnTable, *, gamma: float = 1.0) -> Credit:
     table.need("values")
     assert table.values is not None
     end = np.zeros(table.num_rollouts) if table.bootstrap is None else table.bootstrap
-    target = table.turn_reward() + gamma * after_turns(table.values, end, table)
-    target[table.last] += table.outcome_reward()
+    target = table.reward() + gamma * after_turns(table.values, end, table)
     step = Stream(value=target, baseline=table.values, advantage=target - table.values)
     return Credit(advantages=step.advantage, streams={"step": step})
 
 
 def _mean(values: Turns, keys: TurnKeys) -> Turns:
     """The mean over all entries with the same key, at each; exactly the value where all are equal."""
-    _, at = np.unique(keys, return_inverse=True)
-    low, high = np.full(at.max() + 1, np.inf), np.full(at.max() + 1, -np.inf)
-    np.minimum.at(low, at, values)
-    np.maximum.at(high, at, values)
-    return np.clip(group_mean(values, keys), low[at], high[at])
+    return np.where(varied(values, keys), group_mean(values, keys), values)
+
+
+def _once(after: TurnKeys) -> Once:
+    """The first row that leads to each state, by state."""
+    first = np.full(after.max() + 1, -1)
+    first[after[::-1]] = np.arange(len(after))[::-1]  # of rows with the same state the last to be written stays
+    return first[first >= 0]
