@@ -120,6 +120,28 @@ def test_every_method_and_seed_is_run_once_and_finished_runs_are_kept(tmp_path: 
     assert compare.run_one(TrainConfig(out=done), 10) == record("mt-grpo", 0, 0.5)
 
 
+def searching(arm: str, seed: int, exact_match: list[float]) -> dict:
+    """A run of ten steps under protocol `search`: a step more searches each, every other one useful."""
+    curve = {"exact_match": exact_match, "searches": [1.0 + i for i in range(10)]}
+    curve |= {"useful_searches": [0.5] * 10, "redundant_searches": [None, *[0.25] * 9]}
+    metrics = {"exact_match": {"mean": 0.5}, "f1": {"mean": 0.5}, "searches": {"mean": 2.0}}
+    return {"arm": arm, "seed": seed, "evaluations": {"held-out-greedy": metrics}, "curve": curve}
+
+
+def test_searches_are_shown_over_training_and_collapsed_runs_are_named() -> None:
+    steady, lost = [0.1 * i for i in range(10)], [0.0, 0.2, 0.6, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.3]
+    found = result()
+    found["config"] |= {"protocol": "search", "token_budget": 12_000}
+    found["start"]["evaluations"] = {"held-out-greedy": searching("", 0, steady)["evaluations"]["held-out-greedy"]}
+    found["runs"] = [searching("mt-ppo", 0, steady), searching("ppo-or", 0, steady), searching("ppo-or", 1, lost)]
+    lines = compare.markdown(found).splitlines()
+    assert "| MT-PPO | 1 | - | - | 2.000 | - | - | 0.500 | 0.500 |" in lines  # what a run does not have is a dash
+    #  searches 1, 5, 10; exact match of both seeds: (0 + 0) / 2, (.4 + .6) / 2, (.9 + .3) / 2
+    assert "| PPO-OR | 1.00 | 5.00 | 10.00 | 0.50 | 0.50 | 0.50 | 0.25 | 0.25 | 0.25 | 0.00 | 0.50 | 0.60 |" in lines
+    assert any(line.startswith("Collapsed") and line.endswith(": PPO-OR seed 1.") for line in lines)  # .3 < .8 / 2
+    assert lines[-1].startswith("12,000 sampled tokens, 3 questions x 4 rollouts a step; ")
+
+
 def test_a_step_without_live_rollouts_has_no_entropy_in_the_curve(tmp_path: Path) -> None:
     names = ("tool_execution", "answer_in_results", "exact_match", "return", "dead_groups")
     alive = {"step": 1, "split": "train", "metrics": {**dict.fromkeys(names, 0.5), "entropy": 0.25}}

@@ -233,17 +233,30 @@ class _Lines:
         )
 
 
+_CURVES = (
+    "tool_execution",
+    "answer_in_results",
+    "exact_match",
+    "return",
+    "entropy",
+    "dead_groups",
+    "searches",
+    "useful_searches",
+    "redundant_searches",
+    "well_called",
+    "gold_found",
+    "explained_variance",
+    "sampled_tokens",
+)
+"""The metrics of training rollouts that a result keeps of every step, where the run has them."""
+
+
 def _curve(run: Path) -> dict[str, list[float | None]]:
-    """The training metrics that the report's curves need, by step; None where a step had none (no live rollout)."""
-    names = ("tool_execution", "answer_in_results", "exact_match", "return", "entropy", "dead_groups")
-    curve: dict[str, list[float | None]] = {name: [] for name in names}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["split"] == "train":
-            for name in names:
-                value = record["metrics"].get(name)
-                curve[name].append(None if value is None else round(value, 4))
-    return curve
+    """The kept metrics by step; None where a step had none (no live rollout)."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line["metrics"] for line in lines if line["split"] == "train"]
+    curve = {name: [round(step[name], 4) if step.get(name) is not None else None for step in steps] for name in _CURVES}
+    return {name: values for name, values in curve.items() if any(value is not None for value in values)}
 
 
 # --- the result files -------------------------------------------------------------------------------
@@ -286,42 +299,114 @@ def _own_options(arm: TrainConfig, shared: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config_to_dict(arm).items() if value != common[name] or name == "estimator"}
 
 
-_COLUMNS = (
-    ("tool execution", "tool_execution"),
-    ("answer in results", "answer_in_results"),
-    ("XML format", "xml_format"),
+_COLUMNS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "tools": (
+        ("tool execution", "tool_execution"),
+        ("answer in results", "answer_in_results"),
+        ("XML format", "xml_format"),
+        ("exact match", "exact_match"),
+        ("F1", "f1"),
+    ),
+    "search": (
+        ("searched", "tool_execution"),
+        ("searches called well", "well_called"),
+        ("searches", "searches"),
+        ("gold articles found", "gold_found"),
+        ("final format", "final_format"),
+        ("exact match", "exact_match"),
+        ("F1", "f1"),
+    ),
+}
+"""What the tables show under each protocol, by title and metric."""
+
+_PROGRESS = (
+    ("searches", "searches"),
+    ("useful", "useful_searches"),
+    ("redundant", "redundant_searches"),
     ("exact match", "exact_match"),
-    ("F1", "f1"),
 )
+TENTH = 0.1
+COLLAPSED = 0.5
+"""A run has collapsed where its last tenth answers less than this share of what its best tenth answered."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The result as Markdown tables: mean over seeds, and the range from the lowest to the highest seed."""
-    runs = result["runs"]
+    runs, columns = result["runs"], _COLUMNS[result["config"].get("protocol", "tools")]
     methods = list(dict.fromkeys(r["arm"] for r in runs))
     lines = [f"# {result['name']}", ""]
     for name in result["start"]["evaluations"]:
         population, _, mode = name.rpartition("-")
         lines += [f"## {population} questions, {mode}", ""]
-        lines += ["| method | seeds | " + " | ".join(title for title, _ in _COLUMNS) + " |"]
-        lines += ["|---|---|" + "---|" * len(_COLUMNS)]
+        lines += ["| method | seeds | " + " | ".join(title for title, _ in columns) + " |"]
+        lines += ["|---|---|" + "---|" * len(columns)]
         start = result["start"]["evaluations"][name]
-        cells = [f"{start[key]['mean']:.3f}" for _, key in _COLUMNS]
-        lines.append(f"| start | | {' | '.join(cells)} |")
+        lines.append(f"| start | | {' | '.join(_cell([start], key) for _, key in columns)} |")
         for method in methods:
             chosen = [r["evaluations"][name] for r in runs if r["arm"] == method]
-            cells = [_range([c[key]["mean"] for c in chosen]) for _, key in _COLUMNS]
+            cells = [_cell(chosen, key) for _, key in columns]
             lines.append(f"| {method.upper()} | {len(chosen)} | {' | '.join(cells)} |")
         raw = result["start"]["raw_question_answer_in_results"].get(population)
         if raw is not None:
             lines += ["", f"The question itself as query: answer in results {raw:.3f}."]
         lines.append("")
+    lines += _progress(methods, runs)
+    lines += _collapses(runs)
+    budget = result["config"].get("token_budget")
+    length = f"{budget:,} sampled tokens" if budget else f"{result['config']['steps']} steps"
     lines.append(
-        f"{result['config']['steps']} steps of {result['config']['tasks_per_step']} questions x "
-        f"{result['config']['group_size']} rollouts; {result['machine']}; turnwise {result['turnwise']}, torch "
+        f"{length}, {result['config']['tasks_per_step']} questions x "
+        f"{result['config']['group_size']} rollouts a step; {result['machine']}; turnwise {result['turnwise']}, torch "
         f"{result['torch']}, {result['date']}."
     )
     return "\n".join(lines) + "\n"
+
+
+def _cell(evaluations: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Mean and range of a metric over evaluations that have it; a dash where none has."""
+    found = [evaluation[key]["mean"] for evaluation in evaluations if key in evaluation]
+    return _range(found) if found else "-"
+
+
+def _progress(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of what training rollouts did in the first, the fifth and the last tenth of the steps, where they search
+    several times."""
+    if not all(key in r.get("curve", {}) for r in runs for _, key in _PROGRESS):
+        return []
+    titles = [f"{title}, {when}" for title, _ in _PROGRESS for when in ("first", "middle", "last")]
+    lines = ["## training rollouts, by tenths of the run", "", "| method | " + " | ".join(titles) + " |"]
+    lines.append("|---|" + "---|" * len(titles))
+    for method in methods:
+        curves = [r["curve"] for r in runs if r["arm"] == method]
+        cells = [
+            f"{sum(_tenths(c[key])[i] for c in curves) / len(curves):.2f}" for _, key in _PROGRESS for i in (0, 4, -1)
+        ]
+        lines.append(f"| {method.upper()} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _tenths(values: Sequence[float | None]) -> list[float]:
+    """The mean of each tenth of a curve, of at least one step."""
+    known = [value for value in values if value is not None]
+    size = max(1, round(TENTH * len(known)))
+    return [sum(part) / len(part) for i in range(0, len(known), size) if (part := known[i : i + size])]
+
+
+def has_collapsed(curve: Mapping[str, Sequence[float | None]]) -> bool:
+    """Whether a run lost, by its end, half of the exact match that its best tenth of steps had, or more."""
+    tenths = _tenths(curve["exact_match"])
+    return tenths[-1] < COLLAPSED * max(tenths)
+
+
+def _collapses(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line that names the runs that collapsed, if there are any."""
+    lost = [f"{r['arm'].upper()} seed {r['seed']}" for r in runs if "curve" in r and has_collapsed(r["curve"])]
+    if not lost:
+        return []
+    return [
+        f"Collapsed (the last tenth of the steps answered less than half of what the best did): {', '.join(lost)}.",
+        "",
+    ]
 
 
 def _range(values: Sequence[float]) -> str:
