@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--steps 6] [--threads 2]
 
-Prints the medians of the rollout half and the update half, and what sharing equal rollouts saves: the same update with
-every rollout computed on its own. Both are measured in turn in one run.
+Prints the medians of the rollout half and the update half, side by side on one thread, on all threads as training uses
+them (a part of the step on each), and with torch's own threads inside every operation.
 """
 
 import os
@@ -11,20 +11,18 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import asyncio
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from unittest.mock import patch
 
 import torch
 
-from turnwise import learning, training
+from turnwise import training
 from turnwise.config import TrainConfig
-from turnwise.evaluation import make_engine, rollout_limits
+from turnwise.evaluation import draw, make_engine, rollout_limits
+from turnwise.learning import update
 from turnwise.policy import load_policy
-from turnwise.rollout import run_groups
 from turnwise.setting import make_setting
 
 
@@ -39,49 +37,55 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     config = TrainConfig()
     setting = make_setting(config)
-    times: dict[str, list[float]] = {"rollouts": [], "update": [], "update, nothing shared": []}
+    ways = {  # parts of a step at once, threads in each operation
+        "one thread": (1, 1),
+        "parts in parallel": (options.threads, 1),
+        "threads in operations": (1, options.threads),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for step in range(options.steps):
-        policy = load_policy(config.policy)
         tasks = training.step_tasks(setting.train, config, step)
-        engine, limits = make_engine(policy), rollout_limits(config, policy)
-        start = time.perf_counter()
-        groups = asyncio.run(
-            run_groups(
-                tasks,
-                setting.environment,
-                engine,
-                policy.chat,
-                group_size=config.group_size,
-                limits=limits,
-                seed=(0, step),
-            )
-        )
-        times["rollouts"].append(time.perf_counter() - start)
-        rollouts = [setting.scored(t, r) for t, group in zip(tasks, groups, strict=True) for r in group]
-        table = training.rollout_table(rollouts)
-        rows = training.training_rows(rollouts, table, training.estimate(config, table))
-        for name in ("update", "update, nothing shared"):
-            learner = load_policy(config.policy)
-            optimizer = torch.optim.AdamW(learner.model.parameters(), lr=0.0)
+        for name, (at_once, threads) in ways.items():
+            torch.set_num_threads(threads)
+            policy = load_policy(config.policy)
+            engines = [make_engine(policy) for _ in range(at_once)]
+            groups = []
 
-            def update(learner=learner, optimizer=optimizer, rows=rows, step=step) -> object:
-                return learning.update(learner, optimizer, rows, config, step)
+            def roll(policy=policy, engines=engines, groups=groups, tasks=tasks, step=step) -> None:
+                limits = rollout_limits(config, policy)
+                size = config.group_size
+                groups += draw(
+                    tasks,
+                    setting,
+                    engines,
+                    policy.chat,
+                    limits=limits,
+                    temperature=1.0,
+                    seed=(0, step),
+                    group_size=size,
+                )
 
-            if name == "update":
-                times[name].append(seconds(update))
-            else:
-                with patch.object(learning, "distinct_rows", list):
-                    times[name].append(seconds(update))
+            rolled = seconds(roll)
+            rollouts = [setting.scored(t, r) for t, group in zip(tasks, groups, strict=True) for r in group]
+            rows = training.credit_rollouts(rollouts, config).rows
+            optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
+
+            def learn(policy=policy, optimizer=optimizer, rows=rows, step=step, at_once=at_once) -> object:
+                return update(policy, optimizer, rows, config, step, at_once=at_once)
+
+            times[name].append((rolled, seconds(learn)))
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps")
     print(f"{config.passes} passes x {config.minibatches} minibatches; 16 questions x 16 rollouts")
-    medians = {name: statistics.median(values[1:] or values) for name, values in times.items()}
-    for name, median in medians.items():
-        print(f"{name:24} {median:6.2f} s")
-    print(f"{'step':24} {medians['rollouts'] + medians['update']:6.2f} s")
-    print(f"sharing: {medians['update, nothing shared'] / medians['update']:.2f} x faster update")
+    medians = {
+        name: [statistics.median(half) for half in zip(*found[1:], strict=True)] for name, found in times.items()
+    }
+    first = sum(medians["one thread"])
+    for name, (rolled, learned) in medians.items():
+        total = rolled + learned
+        halves = f"rollouts {rolled:5.2f} s   update {learned:5.2f} s"
+        print(f"{name:22} {halves}   step {total:5.2f} s   {first / total:.2f} x")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _start_record(config: ReproduceConfig) -> dict[str, Any]:
     """The evaluations of the policy that every run starts from, and the raw question's rate as a query."""
     shared = dataclasses.replace(config.train, threads=1)
     return {
-        "evaluations": evaluations(config.train.policy, shared, config.eval_size),
+        "evaluations": evaluations(config.train.start, shared, config.eval_size),
         "raw_question_answer_in_results": raw_question_rates(shared, config.eval_size),
     }
 

@@ -65,7 +65,7 @@ class TrainConfig:
     and step-ppo (which whitens over turns itself) do not."""
 
     policy: str = "embedded"
-    """The start: "embedded", or a checkpoint folder."""
+    """The start: "embedded" (the one for the protocol), or a checkpoint folder."""
     tasks: str = ATLAS
     """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
     validation_tasks: str | None = None
@@ -223,6 +223,11 @@ class TrainConfig:
             raise ConfigError(
                 f"{given[0].replace('_', '-')} must come with a judge; there is no judge-url; name the endpoint"
             )
+
+    @property
+    def start(self) -> str:
+        """The policy to start from: `policy`, where "embedded" is the one that ships for the protocol."""
+        return "embedded-search" if (self.policy, self.protocol) == ("embedded", "search") else self.policy
 
     @property
     def weights(self) -> Mapping[str, float]:

@@ -38,6 +38,8 @@ Mode = Literal["greedy", "sampled"]
 
 FRAME = 32
 """More tokens than the frame of a message has."""
+SEARCH_TURNS = 4
+"""The turns of the embedded agent that searches several times, where no run says otherwise."""
 RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
@@ -238,7 +240,7 @@ Checkpoint = Literal["best", "last"]
 
 
 def evaluate(
-    run: str | Path = EMBEDDED,
+    run: str | Path = "embedded",
     tasks: str | Path | Sequence[Task] | None = None,
     *,
     split: atlas.Split | None = None,
@@ -251,10 +253,10 @@ def evaluate(
 ) -> Evaluation:
     """How well a policy answers questions: each one once, with bootstrap intervals.
 
-    `run` is a run directory, a checkpoint folder or "embedded"; it plays with its run's tools and rewards. `tasks` are
-    questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which `split` chooses (by
-    default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced. A run's judge is
-    asked too, unless `judge` is False. Raises RunError where every rollout failed.
+    `run` is a run directory, a checkpoint folder, "embedded" or "embedded-search"; it plays with its run's tools and
+    rewards. `tasks` are questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which
+    `split` chooses (by default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced.
+    A run's judge is asked too, unless `judge` is False. Raises RunError where every rollout failed.
     """
     policy, config = run_policy(run, checkpoint)
     if not judge:
@@ -276,7 +278,7 @@ def evaluate(
 
 
 def rollouts(
-    run: str | Path = EMBEDDED,
+    run: str | Path = "embedded",
     tasks: str | Path | Sequence[Task] | None = None,
     *,
     group_size: int = 8,
@@ -317,14 +319,17 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     """A run's policy and configuration.
 
     Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, and of "embedded", the
-    default one. Raises InputError or RunError where there is no such run or it has no such checkpoint.
+    default one; of "embedded-search", that of an agent that searches several times. Raises InputError or RunError where
+    there is no such run or it has no such checkpoint.
     """
     folder = Path(run)
-    if str(run) == EMBEDDED:
-        return load_policy(EMBEDDED), TrainConfig()
+    if str(run) in EMBEDDED:
+        search = TrainConfig(protocol="search", tasks="atlas-two-hop", max_turns=SEARCH_TURNS)
+        return load_policy(run), search if str(run) == "embedded-search" else TrainConfig()
     if not folder.is_dir():
         raise InputError(
-            f"a run must be a run directory, a checkpoint folder or {EMBEDDED!r}; {str(run)!r} is no directory; "
+            f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "
+            "directory; "
             "check the path"
         )
     if is_run(folder):

@@ -17,8 +17,8 @@ from turnwise.chat import BPETokenizer, Chat, load_chat
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.errors import InputError, RunError
 
-EMBEDDED = "embedded"
-"""The name of the checkpoint that ships with the package."""
+EMBEDDED = {"embedded": "policy", "embedded-search": "policy-search"}
+"""The checkpoints that ship with the package, by name: for the protocols `tools` and `search`; and their folders."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ def tiny_policy(chat: Chat, *, seed: int, hidden: int = 128, layers: int = 3) ->
     return Policy(Qwen3ForCausalLM(config), chat)
 
 
-def embedded_checkpoint() -> Path:
-    """The folder of the warmed-up checkpoint that ships with the package."""
-    return Path(__file__).parent / "data" / "policy"
+def embedded_checkpoint(name: str = "embedded") -> Path:
+    """The folder of a warmed-up checkpoint that ships with the package."""
+    return Path(__file__).parent / "data" / EMBEDDED[name]
 
 
 def load_policy(source: str | Path) -> Policy:
-    """The policy in a checkpoint folder, or the embedded one for the name "embedded".
+    """The policy in a checkpoint folder, or one that ships with the package (see `EMBEDDED`).
 
     Raises RunError where the folder is not a checkpoint or is damaged.
     """
-    folder = embedded_checkpoint() if str(source) == EMBEDDED else Path(source)
+    folder = embedded_checkpoint(str(source)) if str(source) in EMBEDDED else Path(source)
     with _without_bars():
         return _loaded(source, folder)
 
@@ -95,7 +95,9 @@ def _without_bars() -> Iterator[None]:
 
 def _loaded(source: str | Path, folder: Path) -> Policy:
     if not (folder / "config.json").is_file():
-        raise InputError(f"policy must be {EMBEDDED!r} or a checkpoint folder with config.json; got {str(source)!r}")
+        raise InputError(
+            f"policy must be {' or '.join(EMBEDDED)}, or a checkpoint folder with config.json; got {str(source)!r}"
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -129,12 +129,12 @@ class _Run:
     def __init__(self, config: TrainConfig, setting: Setting) -> None:
         self.config = config
         self.setting = setting
-        self.policy = load_policy(config.policy)
+        self.policy = load_policy(config.start)
         self.limits = rollout_limits(config, self.policy)
         check_prompts(setting, self.policy, self.limits)
         self.optimizer = self._optimizer()
         self.critic = self._critic()
-        self.reference = load_policy(config.policy) if config.kl_coef > 0 else None
+        self.reference = load_policy(config.start) if config.kl_coef > 0 else None
         self.step = 0
         self.saved_step = 0
         self.best = -1.0
