@@ -158,7 +158,7 @@ class TrainConfig:
     log_groups: int = 2
     """Groups of rollouts that every step writes to rollouts.jsonl."""
     threads: int = 0
-    """Threads of torch; 0 leaves its own choice."""
+    """Cores to use; 0 leaves torch its own choice. A small policy computes as many parts of a step at once."""
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
