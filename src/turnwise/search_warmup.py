@@ -46,27 +46,27 @@ WHOLE_THOUGHTS = ("I need to look this up.", "I will search for it.", "Let me se
 class SearchHabits:
     """How often the starting policy does what, as probabilities."""
 
-    searches: float = 0.48
+    searches: float = 0.47
     """Searches (well or badly) rather than answering at once."""
-    malforms: float = 0.1
+    malforms: float = 0.08
     """Of first searches: malformed, so that nothing is searched."""
-    strays: float = 0.08
+    strays: float = 0.06
     """Of well-formed first searches: about something else."""
-    asks_whole: float = 0.08
+    asks_whole: float = 0.05
     """Of well-formed first searches: the query is the question itself."""
-    goes_on: float = 0.45
+    goes_on: float = 0.66
     """Of two-hop questions, after the first article: searches again rather than answering out of it."""
-    repeats: float = 0.1
+    repeats: float = 0.08
     """Of second searches: the first one once more."""
-    bridges_right: float = 0.85
+    bridges_right: float = 0.95
     """Of other second searches: for the bridge, rather than for another value of the article."""
-    reads_right: float = 0.75
+    reads_right: float = 0.92
     """Of answers from the right article: the value asked for, rather than another one."""
     searches_on: float = 0.05
     """Of the articles that hold the answer: one more search, for the value read."""
     recalls_right: float = 0.88
     """Of answers by heart about known entities: the right value."""
-    untidy: float = 0.18
+    untidy: float = 0.16
     """Of messages: a tag left out or left open."""
     hurries: float = 0.1
     """Of results before an answer: the environment says that no searches are left."""
