@@ -1,11 +1,15 @@
 """What a starting checkpoint for several searches can do on held-out two-hop questions, each skill alone.
 
-    python benchmarks/start_search.py CHECKPOINT [--count 300]
+    python benchmarks/start_search.py CHECKPOINT [--count 300] [--played 100]
 
 Token by token with the right beginning given: the share of questions for which the tokens in question are all the
 policy's first choice. *Names* are the relations in its three thoughts (the one to look up first, the bridge's, the one
 that is asked for), *first query* is the entity that the question names, *bridge* the second query, read out of the
-first article, and *answer* is read out of the second. The last line is the same about one-hop questions.
+first article, and *answer* is read out of the second; then the same about one-hop questions.
+
+The last lines are of whole rollouts of up to four turns, on as many questions as `--played` says: the shares that
+search first for the entity that the question names, then also for the bridge, and then also answer right; that answer
+right however they came to it; whose last message is in the form that arXiv 2505.11821 v2 asks for; searches a rollout.
 """
 
 import os
@@ -17,14 +21,18 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from turnwise import atlas
 from turnwise.batch import pack
+from turnwise.config import TrainConfig
+from turnwise.evaluation import Mode, make_engine, mean_metrics, play, rollout_limits, spread
 from turnwise.policy import Policy, load_policy, token_states
 from turnwise.search_tags import parse, system_prompt
 from turnwise.search_warmup import SEARCH_SKILLS, SearchDemonstrator, task_chain
-from turnwise.types import Message, Task
+from turnwise.setting import make_setting, named_tasks
+from turnwise.types import Message, Rollout, Task
 from turnwise.warmup import Demonstration, SubjectSource, demonstration_row, search_stub
 
 CLEAN = dataclasses.replace(SEARCH_SKILLS, follow_ups=0, hurries=0.0)
@@ -80,16 +88,47 @@ def _span(ids: list[int], part: list[int]) -> range:
     return range(places[-1], places[-1] + len(part))
 
 
+def behaviour(policy: Policy, source: str, split: atlas.Split, mode: Mode, *, count: int) -> dict[str, float]:
+    """Shares of `count` rollouts that do each step of the right way, and what else there is to say of them."""
+    config = TrainConfig(tasks=source, protocol="search", max_turns=4)
+    tasks = spread(named_tasks(source, split), count)
+    limits = rollout_limits(config, policy)
+    played = play(tasks, make_setting(config), [make_engine(policy)], policy.chat, limits=limits, mode=mode)
+    steps = np.mean([_right_steps(task, rollout) for task, rollout in played], axis=0)
+    means = mean_metrics(played, "search")
+    names = {"exact_match": "exact match", "final_format": "final format", "searches": "searches"}
+    return {
+        **dict(zip(("entity", "and bridge", "and answer"), steps.tolist(), strict=True)),
+        **{said: means[name] for name, said in names.items()},
+    }
+
+
+def _right_steps(task: Task, rollout: Rollout) -> tuple[bool, bool, bool]:
+    """Whether the entity was searched first; then the bridge too, if there is one; and then the answer was right."""
+    queries = [call.arguments["query"] for turn in rollout.turns if (call := turn.action.tool_call) and call.arguments]
+    entity = queries[:1] == [task.metadata["entity"]]
+    bridge = entity and task.metadata["linked"] in (None, *queries[1:])
+    return entity, bridge, bridge and rollout.answer in task.answers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--played", type=int, default=100)
     args = parser.parse_args()
     policy = load_policy(args.checkpoint)
     for hops in (2, 1):
         tasks = atlas.tasks("validation", hops=hops)
         found = skills(policy, random.Random(0).sample(tasks, min(args.count, len(tasks))))
-        print(f"{hops} hops: " + ", ".join(f"{name} {share:.3f}" for name, share in found.items()))
+        _print(f"{hops} hops", found)
+    for source, split in (("atlas-two-hop", "train"), ("atlas-two-hop", "validation"), ("atlas", "validation")):
+        for mode in ("greedy", "sampled"):
+            _print(f"{source} {split} {mode}", behaviour(policy, source, split, mode, count=args.played))
+
+
+def _print(name: str, found: dict[str, float]) -> None:
+    print(f"{name}: " + ", ".join(f"{part} {share:.3f}" for part, share in found.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,8 @@ def test_a_misspelt_command_is_told_the_nearest():
         (["train", "nowhere.toml"], "nowhere.toml"),
         (["train", "--steps", "3", "late.toml"], "must come before the options"),
         (["reproduce", "--estimators", "grpo-rr"], "did you mean"),
+        (["warmup", "--protocol", "serch"], "did you mean search"),
+        (["warmup", "--protocol=search"], "--start"),
         (["report"], "at least one run"),
         (["report", "nowhere"], "nowhere must be a run directory"),
         (["search", "x", "--corpus", "nowhere"], "a corpus must be"),

@@ -46,27 +46,27 @@ WHOLE_THOUGHTS = ("I need to look this up.", "I will search for it.", "Let me se
 class SearchHabits:
     """How often the starting policy does what, as probabilities."""
 
-    searches: float = 0.55
+    searches: float = 0.47
     """Searches (well or badly) rather than answering at once."""
-    malforms: float = 0.12
+    malforms: float = 0.08
     """Of first searches: malformed, so that nothing is searched."""
-    strays: float = 0.1
+    strays: float = 0.06
     """Of well-formed first searches: about something else."""
-    asks_whole: float = 0.08
+    asks_whole: float = 0.05
     """Of well-formed first searches: the query is the question itself."""
-    goes_on: float = 0.5
+    goes_on: float = 0.66
     """Of two-hop questions, after the first article: searches again rather than answering out of it."""
-    repeats: float = 0.12
+    repeats: float = 0.08
     """Of second searches: the first one once more."""
-    bridges_right: float = 0.8
+    bridges_right: float = 0.95
     """Of other second searches: for the bridge, rather than for another value of the article."""
-    reads_right: float = 0.7
+    reads_right: float = 0.92
     """Of answers from the right article: the value asked for, rather than another one."""
     searches_on: float = 0.05
     """Of the articles that hold the answer: one more search, for the value read."""
     recalls_right: float = 0.88
     """Of answers by heart about known entities: the right value."""
-    untidy: float = 0.14
+    untidy: float = 0.16
     """Of messages: a tag left out or left open."""
     hurries: float = 0.1
     """Of results before an answer: the environment says that no searches are left."""
@@ -316,13 +316,13 @@ class SearchWarmupConfig:
     """What is taught: searches, in the tags of `turnwise.search_tags`."""
     seed: int = 0
     """Equal seeds make equal checkpoints on one machine."""
-    skill_steps: int = 900
+    skill_steps: int = 300
     """Steps of the first phase: everything done well."""
-    habit_steps: int = 200
+    habit_steps: int = 120
     """Steps of the second phase: a base model's faults."""
-    rows: int = 32
+    rows: int = 24
     """Sequences in a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Peak learning rate; it falls within both phases."""
 
     @property
