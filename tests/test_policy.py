@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, pack, rollout_row, weighted
+from turnwise.config import TrainConfig
 from turnwise.credit import ESTIMATORS, turn_table
 from turnwise.errors import InputError, RunError
 from turnwise.loss import policy_loss
@@ -293,7 +294,7 @@ def test_a_config_that_is_no_config_is_refused(checkpoint, tmp_path):
 
 
 def test_an_unknown_policy_name_is_one_line():
-    with pytest.raises(InputError, match=r"'embedded' or a checkpoint folder with config\.json; got 'embeded'"):
+    with pytest.raises(InputError, match=r"embedded or embedded-search, or a checkpoint folder .*; got 'embeded'"):
         load_policy("embeded")
 
 
@@ -301,3 +302,17 @@ def test_saving_replaces_what_was_there(tiny: Policy, tmp_path):
     save_policy(tiny, tmp_path)
     save_policy(tiny, tmp_path)
     assert load_policy(tmp_path).context == 1024
+
+
+def test_the_protocol_decides_which_embedded_start_is_meant():
+    search = TrainConfig(protocol="search")
+    assert (TrainConfig().start, search.start) == ("embedded", "embedded-search")
+    assert dataclasses.replace(search, policy="runs/mine").start == "runs/mine"
+
+
+def test_both_embedded_starts_load_with_one_tokenizer():
+    one, two = load_policy("embedded"), load_policy("embedded-search")
+    text = "<think>\nI need the author.\n</think>\n<search>\nHamlet\n</search>"
+    assert one.chat.encode_text(text) == two.chat.encode_text(text)
+    weights = (p.model.get_input_embeddings().weight for p in (one, two))
+    assert not torch.equal(*weights)
