@@ -245,17 +245,24 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
             resume: Go on with the run in --out from its newest checkpoint.
         """
         _check_file_first(file, args)
-        return _train(config, resume=resume)
+        return _train(config, resume=resume, given=_given(args))
 
     return train
 
 
-def _train(config: Any, *, resume: bool) -> int:
-    from turnwise.display import training_display
-    from turnwise.rundir import read_config
-    from turnwise.training import train
+def _given(args: Sequence[str]) -> list[str]:
+    """The options that stand on the command line, by their names in the configuration."""
+    flags = [arg.split("=")[0] for arg in args if arg.startswith("--")]
+    return [flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags]
 
-    total = max(config.steps, read_config(config.out).steps) if resume else config.steps
+
+def _train(config: Any, *, resume: bool, given: Sequence[str]) -> int:
+    from turnwise.display import training_display
+    from turnwise.training import resumed_config, train
+
+    if resume:
+        config = resumed_config(config, given=given)
+    total = config.steps
     with training_display(f"{config.estimator} in {config.out}", total, _console()) as display:
         result = train(config, resume=resume, display=display)
     if result.finished:

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,6 +19,11 @@ from turnwise.config import ATLAS_HOPS, TrainConfig, config_from_dict, config_to
 from turnwise.errors import ConfigError, InputError
 
 METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
+NAME = r"[\w.+-]+"
+SHARED = ("out", "seed", "threads", "policy", "tasks", "validation_tasks", "corpus", "tools", "protocol")
+"""The options that one method of a comparison cannot have to itself."""
+LAST_STEP_S = 60.0
+"""Seconds that a worker may take over its last step once its parent is gone."""
 EVALUATED_ROWS = 96
 """Most rollouts alive in a final evaluation: several processes share the memory."""
 
@@ -45,8 +52,10 @@ class ReproduceConfig:
     """What all runs share; estimator, seed and out are filled in."""
 
     def __post_init__(self) -> None:
-        for name in self.estimators:
+        for name in () if self.arms else self.estimators:
             dataclasses.replace(self.train, estimator=name)  # raises where it cannot be trained
+        if not re.fullmatch(NAME, self.name):
+            raise ConfigError(f"name must be letters, digits and -_.+, as a file is called so; got {self.name!r}")
         for name in ("seeds", "jobs", "eval_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1; got {getattr(self, name)}; give such a value")
@@ -57,11 +66,17 @@ def reproduce(config: ReproduceConfig) -> Path:
 
     Stopped and started again, it goes on where it was. Returns the result file.
     """
+    from turnwise.policy import load_policy
+    from turnwise.rundir import writing
     from turnwise.setting import make_setting
 
     arms = read_arms(config)
     for arm in arms.values():
         make_setting(arm)  # bad input raises before any process starts
+    load_policy(config.train.start)
+    for folder in (config.results, config.runs / config.name):
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     jobs = {
         (name, seed): dataclasses.replace(arm, seed=seed, threads=1, out=config.runs / config.name / f"{name}-{seed}")
         for seed in range(config.seeds)
@@ -71,11 +86,19 @@ def reproduce(config: ReproduceConfig) -> Path:
     records: dict[tuple[str, int], dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_one_thread) as pool:
-        started = pool.submit(_start_record, config)
-        running = {pool.submit(run_one, job, config.eval_size): key for key, job in jobs.items()}
-        for done in as_completed(running):
-            records[running[done]] = done.result()
-        start = started.result()
+        try:
+            started = pool.submit(_start_record, config)
+            running = {pool.submit(run_one, job, config.eval_size): key for key, job in jobs.items()}
+            for done in as_completed([started, *running]):
+                found = done.result()
+                if done in running:
+                    records[running[done]] = found
+            start = started.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a run stops after its step, with a checkpoint
+            raise
     for job in jobs.values():
         _write_evaluations(job.out, start["evaluations"], suffix="-start")
     ordered = [(name, seed) for name in arms for seed in range(config.seeds)]
@@ -90,24 +113,40 @@ def read_arms(config: ReproduceConfig) -> dict[str, TrainConfig]:
     if not found:
         raise InputError(f"{config.arms} must name methods to compare; it is empty; write a table for each")
     shared = config_to_dict(config.train)
-    arms = {}
+    arms: dict[str, TrainConfig] = {}
     for name, options in found.items():
-        if not isinstance(options, dict) or not re.fullmatch(r"[\w.+-]+", name):
+        if not isinstance(options, dict) or not re.fullmatch(NAME, name):
             raise InputError(
                 f"{config.arms} must hold a table of training options for each method, named by letters, digits and "
                 f'-_.+; got {name!r} = {options!r}; write [mt-grpo] and below it estimator = "mt-grpo"'
             )
         own = {option.replace("-", "_"): value for option, value in options.items()}
+        fixed = [option for option in own if option in SHARED]
+        if fixed:
+            raise ConfigError(
+                f"{config.arms}, [{name}] must not set {fixed[0]}: what is compared shares it; give --train."
+                f"{fixed[0].replace('_', '-')}"
+            )
         arms[name] = config_from_dict({**shared, **own}, f"{config.arms}, [{name}]")
     return arms
 
 
 def _one_thread() -> None:
-    import signal
-
+    """Sets a worker process up."""
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+
+def _stop_with_parent() -> None:
+    """Ends a worker whose parent is gone, after the step under way."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_STEP_S)
+    os._exit(1)
 
 
 def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
@@ -116,11 +155,17 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
     from turnwise.training import train
 
     finished = config.out / "record.json"
+    resume = (config.out / "config.json").is_file()
+    if resume:
+        _check_same(config)
     if finished.is_file():
-        return json.loads(finished.read_text(encoding="utf-8"))
-    resume = (config.out / "checkpoints").is_dir()
-    if not resume and config.out.is_dir():
-        _remove_unstarted(config.out)
+        record = json.loads(finished.read_text(encoding="utf-8"))
+        if record.get("eval_size", eval_size) != eval_size:
+            raise ConfigError(
+                f"eval-size must be that of the finished run in {config.out}, {record['eval_size']}; got {eval_size}; "
+                "choose another --runs"
+            )
+        return record
     if not train(config, resume=resume, display=_Lines(config)).finished:
         raise KeyboardInterrupt  # stopped by a signal: no record of half a run
     folder, state = latest_checkpoint(config.out)
@@ -129,6 +174,7 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
         "seed": config.seed,
         "steps": state["step"],
         "train_s": round(state["wall_s"], 1),
+        "eval_size": eval_size,
         "evaluations": evaluations(str(folder), config, eval_size),
         "curve": _curve(config.out),
     }
@@ -137,10 +183,19 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
     return record
 
 
-def _remove_unstarted(out: Path) -> None:
-    """Removes the files of a run that was stopped before its first checkpoint."""
-    for name in ("config.json", "metrics.jsonl", "rollouts.jsonl"):
-        (out / name).unlink(missing_ok=True)
+def _check_same(config: TrainConfig) -> None:
+    """Raises ConfigError where the run that is there has other options than are asked for now."""
+    from turnwise.rundir import read_config
+
+    saved = read_config(config.out)
+    asked = dataclasses.replace(config, reward_weights=dict(config.weights), out=saved.out, threads=saved.threads)
+    for name, value in config_to_dict(asked).items():
+        there = config_to_dict(saved)[name]
+        if value != there:
+            raise ConfigError(
+                f"{name.replace('_', '-')} must be that of the run in {config.out}, {there!r}; got {value!r}; choose "
+                "another --runs, or remove that folder"
+            )
 
 
 def _start_record(config: ReproduceConfig) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class TrainConfig:
     """Cores to use; 0 leaves torch its own choice. A small policy computes as many parts of a step at once."""
 
     def __post_init__(self) -> None:
+        self._make_paths()
         for name, low, high in _RANGES:
             _check_number(name, getattr(self, name), low, high)
         _check_tree(self.branches, self.max_turns, self.ratio)
@@ -189,6 +190,13 @@ class TrainConfig:
                 f"minibatches must be <= tasks-per-step ({self.tasks_per_step}), as each takes whole groups; "
                 f"got {self.minibatches}; lower it"
             )
+
+    def _make_paths(self) -> None:
+        """Texts in the place of paths become paths."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (Path, Path | None) and isinstance(value, str):
+                object.__setattr__(self, field.name, Path(value))
 
     def _check_critic(self) -> None:
         """Raises ConfigError for discounts out of range, and for options of critics where there is none."""

@@ -64,9 +64,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def create_run(path: Path, config: TrainConfig) -> None:
-    """Makes the directory and writes config.json. Raises RunError where a run is there already."""
+    """Makes the directory and writes config.json. Raises RunError where a run is there already.
+
+    A run that took no step, as its options were wrong, is not in the way.
+    """
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+        if _took_no_step(path):
+            shutil.rmtree(path)
+            path.mkdir()
         used = any(path.iterdir())
     if used:
         raise RunError(
@@ -74,6 +80,15 @@ def create_run(path: Path, config: TrainConfig) -> None:
             "with --resume"
         )
     write_config(path, config)
+
+
+def _took_no_step(path: Path) -> bool:
+    """Whether all that stands in a folder is what a run leaves there before its first step."""
+    left = {"config.json", "metrics.jsonl", "best"}
+    found = {entry.name for entry in path.iterdir()}
+    if "config.json" not in found or not found <= left:
+        return False
+    return "metrics.jsonl" not in found or all(record.get("step") == 0 for record in read_lines(path / "metrics.jsonl"))
 
 
 def write_config(path: Path, config: TrainConfig) -> None:

@@ -6,7 +6,7 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,7 @@ from turnwise.credit import (
     whiten_tokens,
 )
 from turnwise.critic import Critic, make_critic, step_values
-from turnwise.errors import InputError, RunError
+from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.evaluation import (
     check_prompts,
     draw,
@@ -97,12 +97,12 @@ def train(
     """Trains a policy and leaves a run directory.
 
     Options are `TrainConfig`'s fields, given as a record or as keywords. With `resume`, the run in `out` goes on from
-    its newest checkpoint to the numbers that it would have reached without a stop; its own configuration holds, and
-    only `steps` may be raised. Ctrl-C ends the run after the step under way, with a checkpoint.
+    its newest checkpoint to the numbers that it would have reached without a stop, as `resumed_config` says. Ctrl-C
+    ends the run after the step under way, with a checkpoint.
     """
     config = dataclasses.replace(config, **options) if config else TrainConfig(**options)
     if resume:
-        config = _resumed_config(config, options.get("steps"))
+        config = resumed_config(config, given=options)
     if config.threads:
         torch.set_num_threads(config.threads)
     setting = make_setting(config)
@@ -117,10 +117,29 @@ def train(
         return run.play_out(display, interrupted)
 
 
-def _resumed_config(config: TrainConfig, asked_steps: int | None) -> TrainConfig:
+RESUMABLE = ("out", "steps", "token_budget", "threads")
+"""The options that may change where a run goes on."""
+
+
+def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> TrainConfig:
+    """The configuration of the run in `config.out`, with what may change of the options that were asked for.
+
+    Asked for are those in `given` and those that are not at their defaults. A run may go on with more steps, a larger
+    token budget, in another place, and on other cores; its other options hold. Raises ConfigError for one that differs.
+    """
     saved = read_config(config.out)
-    steps = asked_steps or (config.steps if config.steps != TrainConfig.steps else saved.steps)
-    return dataclasses.replace(saved, out=config.out, steps=max(steps, saved.steps), threads=config.threads)
+    defaults = TrainConfig()
+    fields = [field.name for field in dataclasses.fields(config)]
+    asked = {n: getattr(config, n) for n in fields if n in given or getattr(config, n) != getattr(defaults, n)}
+    for name, value in asked.items():
+        if name not in RESUMABLE and value != getattr(saved, name):
+            raise ConfigError(
+                f"a resumed run must keep its options; {name.replace('_', '-')} is {getattr(saved, name)!r} there; got "
+                f"{value!r}; leave it out, or start a new run in another --out"
+            )
+    if asked.get("steps", saved.steps) < saved.steps:
+        raise ConfigError(f"steps of a resumed run must be >= its own {saved.steps}; got {asked['steps']}; raise it")
+    return dataclasses.replace(saved, **{name: asked[name] for name in RESUMABLE if name in asked})
 
 
 class _Run:
@@ -142,6 +161,8 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
         self.sampled_tokens = 0
+        self.is_between_steps = True
+        """Whether the weights are those of the last whole step; an update that fails may leave them in between."""
         self.engines = make_engines(self.policy, self.config)
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -198,17 +219,24 @@ class _Run:
     def play_out(self, display: Display | None, interrupted: Callable[[], bool]) -> TrainResult:
         """Steps until the end or an interruption."""
         started = time.perf_counter() - self.wall_s
-        if self.step == 0:
-            self._validate(display)
-        while not self._is_over() and not interrupted():
-            record, rollout_lines = self._train_step()
-            self.step += 1
-            self.wall_s = time.perf_counter() - started
-            self._log(record, display, rollout_lines)
-            if self.step % self.config.validate_every == 0 or self._is_over():
+        try:
+            if self.step == 0:
                 self._validate(display)
-            if self.step % self.config.checkpoint_every == 0:
-                self._checkpoint()
+            while not self._is_over() and not interrupted():
+                record, rollout_lines = self._train_step()
+                self.step += 1
+                self.is_between_steps = True
+                self.wall_s = time.perf_counter() - started
+                self._log(record, display, rollout_lines)
+                if self.step % self.config.validate_every == 0 or self._is_over():
+                    self._validate(display)
+                if self.step % self.config.checkpoint_every == 0:
+                    self._checkpoint()
+        except BaseException:
+            if self.is_between_steps:
+                with contextlib.suppress(RunError):  # what went wrong first is what is told
+                    self._checkpoint()
+            raise
         self._checkpoint()
         return TrainResult(
             out=self.config.out,
@@ -245,6 +273,7 @@ class _Run:
         at_once = parts_at_once(self.policy.model, config.threads or torch.get_num_threads())
         credited = credit_rollouts(kept, config, self.critic, pad_id=self.policy.chat.pad_id, at_once=at_once)
         learners = (self.reference, self.critic)
+        self.is_between_steps = False
         learning = update(self.policy, self.optimizer, credited.rows, config, self.step, *learners, at_once=at_once)
         self._refresh(self.step + 1)
         ended = time.perf_counter()
