@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,13 @@ from turnwise.types import Message, Rollout, Task
 from turnwise.warmup import Demonstration, SubjectSource, demonstration_row, search_stub
 
 CLEAN = dataclasses.replace(SEARCH_SKILLS, follow_ups=0, hurries=0.0)
+HOPS: tuple[Literal[1, 2], ...] = (2, 1)
+MODES: tuple[Mode, ...] = ("greedy", "sampled")
+PLAYED: tuple[tuple[str, atlas.Split], ...] = (
+    ("atlas-two-hop", "train"),
+    ("atlas-two-hop", "validation"),
+    ("atlas", "validation"),
+)
 NAMES = {2: ("first", "answer"), 3: ("first", "bridge", "answer")}
 
 
@@ -118,12 +126,12 @@ def main() -> None:
     parser.add_argument("--played", type=int, default=100)
     args = parser.parse_args()
     policy = load_policy(args.checkpoint)
-    for hops in (2, 1):
+    for hops in HOPS:
         tasks = atlas.tasks("validation", hops=hops)
         found = skills(policy, random.Random(0).sample(tasks, min(args.count, len(tasks))))
         _print(f"{hops} hops", found)
-    for source, split in (("atlas-two-hop", "train"), ("atlas-two-hop", "validation"), ("atlas", "validation")):
-        for mode in ("greedy", "sampled"):
+    for source, split in PLAYED:
+        for mode in MODES:
             _print(f"{source} {split} {mode}", behaviour(policy, source, split, mode, count=args.played))
 
 
