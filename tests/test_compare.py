@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,8 +6,9 @@ import pytest
 
 from turnwise import compare
 from turnwise.config import TrainConfig
-from turnwise.errors import ConfigError
+from turnwise.errors import ConfigError, InputError
 from turnwise.report.data import load_run
+from turnwise.rundir import create_run
 
 
 def record(estimator: str, seed: int, exact_match: float) -> dict:
@@ -160,3 +162,47 @@ def test_a_stopped_run_leaves_no_record(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         compare.run_one(TrainConfig(out=tmp_path / "run"), 10)
     assert not (tmp_path / "run" / "record.json").exists()
+
+
+def test_a_run_of_other_options_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "mt-grpo-0"
+    config = TrainConfig(out=out)
+    create_run(out, dataclasses.replace(config, reward_weights=dict(config.weights), threads=1))
+    (out / "record.json").write_text(json.dumps({**record("mt-grpo", 0, 0.5), "eval_size": 10}))
+    assert compare.run_one(config, 10)["seed"] == 0
+    with pytest.raises(ConfigError, match=r"learning-rate must be that of the run in .*, 0\.0005; got 0\.01"):
+        compare.run_one(dataclasses.replace(config, learning_rate=0.01), 10)
+    with pytest.raises(ConfigError, match="eval-size must be that of the finished run in .*, 10; got 20"):
+        compare.run_one(config, 20)
+
+
+def test_arms_share_what_is_compared_and_need_not_fit_the_default_methods(tmp_path: Path) -> None:
+    file = tmp_path / "arms.toml"
+    file.write_text('[tree]\nestimator = "mt-grpo-tree"\n')
+    shared = TrainConfig(estimator="mt-grpo-tree", branches=(2, 2))
+    assert compare.read_arms(compare.ReproduceConfig(arms=file, train=shared))["tree"].branches == (2, 2)
+    file.write_text('[other]\nestimator = "mt-grpo"\nprotocol = "search"\n')
+    with pytest.raises(ConfigError, match=r"\[other\] must not set protocol"):
+        compare.read_arms(compare.ReproduceConfig(arms=file))
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "../x"])
+def test_a_result_must_have_a_files_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="name must be letters"):
+        compare.ReproduceConfig(name=name)
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_with_the_first_run_that_fails(tmp_path: Path) -> None:
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def outcome_nothing(task, rollout):\n    return float('nan')\n")
+    small = TrainConfig(
+        steps=2, tasks_per_step=1, group_size=2, validation_size=2, minibatches=1, rewards=rewards, reward_weights={}
+    )
+    config = compare.ReproduceConfig(
+        name="toy", results=tmp_path, runs=tmp_path / "runs", estimators=("mt-grpo",), seeds=4, jobs=1, eval_size=2,
+        train=small,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="finite"):
+        compare.reproduce(config)
+    assert len(list((tmp_path / "runs" / "toy").iterdir())) <= 2, "the others are not begun"

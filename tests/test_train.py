@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from turnwise.batch import pack, rollout_row
 from turnwise.config import TrainConfig
 from turnwise.env import Step
-from turnwise.errors import RunError, TurnwiseError
+from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError
 from turnwise.evaluation import make_engine
 from turnwise.learning import loss_segments, update
 from turnwise.policy import Policy, load_policy, tiny_policy
@@ -23,6 +23,7 @@ from turnwise.rollout import Limits, run_groups
 from turnwise.rundir import checkpoint_folder, latest_checkpoint, read_config
 from turnwise.training import (
     estimate,
+    resumed_config,
     rollout_table,
     step_tasks,
     train,
@@ -498,3 +499,50 @@ def test_learns_through_the_whole_command(world: dict, tmp_path: Path):
     rewards = [r["metrics"]["reward/turn_small"] for r in numbers(tmp_path / "run") if r["split"] == "train"]
     assert np.mean(rewards[:3]) < 0.6
     assert np.mean(rewards[-3:]) > 0.9
+
+
+def test_an_error_between_steps_keeps_the_steps_before_it(world: dict, tmp_path: Path):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "calls = 0\n"
+        "def outcome_once(task, rollout):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    assert calls <= 15, 'broken'\n"
+        "    return float(calls % 2)\n"
+    )
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="broken"):  # 2 validated, then 6 a step: in the third step
+        train(**{**world, "rewards": rewards, "checkpoint_every": 100, "validate_every": 100}, out=run)
+    assert latest_checkpoint(run)[1]["step"] == 2
+    assert [r["step"] for r in numbers(run) if r["split"] == "train"] == [1, 2]
+
+
+def test_a_texts_place_is_a_path(world: dict, tmp_path: Path):
+    result = train(**{**world, "steps": 1}, out=str(tmp_path / "run"))
+    assert result.out == tmp_path / "run"
+
+
+def test_a_resumed_run_keeps_its_options_and_says_which_may_change(whole: Path):
+    saved = read_config(whole)
+    assert resumed_config(TrainConfig(out=whole)) == dataclasses.replace(saved, out=whole)
+    assert resumed_config(TrainConfig(out=whole, steps=60), given=["steps"]).steps == 60  # the default, asked for
+    assert resumed_config(TrainConfig(out=whole, threads=2, token_budget=99)).token_budget == 99
+    for option, value, message in (
+        ("group_size", 4, "group-size is 3 there; got 4"),
+        ("learning_rate", 0.1, "learning-rate is 0.01 there"),
+        ("steps", 3, "steps of a resumed run must be >= its own 4; got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            resumed_config(TrainConfig(out=whole, **{option: value}))
+
+
+def test_a_run_that_took_no_step_is_not_in_the_way(world: dict, tmp_path: Path):
+    rewards, run = tmp_path / "rewards.py", tmp_path / "run"
+    rewards.write_text("def outcome_nothing(task, rollout):\n    return float('nan')\n")
+    with pytest.raises(InputError, match="finite"):
+        train(**{**world, "rewards": rewards}, out=run)
+    assert (run / "config.json").is_file()
+    assert train(**{**world, "steps": 1}, out=run).steps == 1
+    with pytest.raises(RunError, match="new or empty"):
+        train(**{**world, "steps": 1}, out=run)
