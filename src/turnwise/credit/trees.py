@@ -109,7 +109,8 @@ def child_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
             for gather, into in ((np.add, sums), (np.minimum, low), (np.maximum, high)):
                 gather.at(into, above, below)
             values[above] = np.clip(sums[above] / counts[above], low[above], high[above])  # exact where all are equal
-    return TreeValues(before=values[before], after=values[after], root=np.repeat(values[before[table.first]], table.lengths))
+    root = np.repeat(values[before[table.first]], table.lengths)
+    return TreeValues(before=values[before], after=values[after], root=root)
 
 
 def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Stream:
