@@ -606,6 +606,7 @@ def test_single_precision_values_are_computed_in_double():  # identity 33, and b
     narrow = replace(table, values=table.values.astype(np.float32))
     assert mt_ppo(narrow, gamma=0.7).advantages.dtype == np.float64
     assert_allclose(mt_ppo(narrow, gamma=0.7).advantages, mt_ppo(table, gamma=0.7).advantages, rtol=0, atol=0)
+    assert narrow.values is not None
     single = np.float32(0.7) * narrow.values[1] - narrow.values[0]  # the first token's difference, 0.7 · 1 − 2
     assert single != mt_ppo(narrow, gamma=0.7, lam=0.0).advantages[0] == 0.7 - 2
 

@@ -102,7 +102,9 @@ def test_mt_grpo_with_means_is_unbiased_and_with_z_scores_is_not():  # identity 
     truth = policy_gradient(process, logits)
 
     def here(estimator, metric: str = "bias") -> float:
-        return metrics(group_gradient(estimator, process, logits, group_size=3, limit=EXACT), truth)[metric]
+        found = metrics(group_gradient(estimator, process, logits, group_size=3, limit=EXACT), truth)[metric]
+        assert found is not None
+        return found
 
     assert here(mean_only_mt_grpo) < 1e-12
     assert here(turn_rloo) < 1e-12
