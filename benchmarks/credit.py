@@ -22,6 +22,7 @@ import tracemalloc
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from itertools import pairwise
 from math import isnan
@@ -621,7 +622,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
+    print(f"{date.today()}, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}")
     np.ones(3_000_000)  # freed at once: from now on the process keeps memory, as one that has worked before does
     compare_turns(options.rollouts, options.rounds)
     compare_tokens(options.rollouts, options.rounds)

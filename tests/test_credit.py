@@ -167,14 +167,14 @@ few = settings(max_examples=40)
 
 @few
 @given(steps(equal=True, max_turns=1), st.sampled_from([0.0, 0.5, 1.0]))
-def test_mt_grpo_with_one_turn_is_grpo_or(step, alpha):
+def test_mt_grpo_with_one_turn_is_grpo_or(step, alpha):  # identity 1
     rows = table(*step)
     assert_allclose(mt_grpo(rows, alpha=alpha).advantages, grpo_or(rows).advantages, atol=1e-12)
 
 
 @few
 @given(steps(equal=True), st.sampled_from([0.3, 1.0]))
-def test_mt_grpo_with_equal_turn_rewards_is_grpo_or_discounted_from_the_end(step, alpha):
+def test_mt_grpo_with_equal_turn_rewards_is_grpo_or_discounted_from_the_end(step, alpha):  # identity 2
     groups, turns, outcomes = step
     rows = table(groups, [[0.7] * (len(t) - 1) + [None] for t in turns], outcomes)
     to_end = len(turns[0]) - 1 - rows.index
@@ -185,9 +185,21 @@ def test_mt_grpo_with_equal_turn_rewards_is_grpo_or_discounted_from_the_end(step
     )
 
 
+def test_mt_grpo_is_not_grpo_or_where_turns_are_paid_unequally():  # identities 1 and 2, broken
+    # z-scores of rewards 1, 0 are ±√½, of outcomes 0, 2 ∓√½: in sum 0, where GRPO-OR gives ∓√½
+    one_turn = table([0, 0], [[1.0], [0.0]], [0.0, 2.0])
+    assert_allclose(mt_grpo(one_turn, eps=0.0).advantages, [0, 0], atol=1e-12)
+    assert_allclose(grpo_or(one_turn, eps=0.0).advantages, [-ROOT_HALF, ROOT_HALF])
+    assert_allclose(mt_grpo(table(*PAIR), eps=0.0).advantages, [0, -ROOT_HALF, 0, ROOT_HALF], atol=1e-12)
+    # equal rewards, but α = ½ and not 1: the first turn gets half of what the last one gets
+    equal = table([0, 0], [[0.7, None]] * 2, [0.0, 2.0])
+    expected = [-ROOT_HALF / 2, -ROOT_HALF, ROOT_HALF / 2, ROOT_HALF]
+    assert_allclose(mt_grpo(equal, alpha=0.5, eps=0.0).advantages, expected)
+
+
 @few
 @given(steps(equal=True))
-def test_mt_grpo_with_alpha_zero_gives_each_turn_only_its_own(step):
+def test_mt_grpo_with_alpha_zero_gives_each_turn_only_its_own(step):  # identity 3
     rows = table(*step)
     credit = mt_grpo(rows, alpha=0.0)
     own = credit.streams["turn"].advantage.copy()
@@ -196,18 +208,31 @@ def test_mt_grpo_with_alpha_zero_gives_each_turn_only_its_own(step):
     assert_allclose(credit.advantages[rows.last], grpo_or(rows).advantages[rows.last], atol=1e-12)
 
 
+def test_mt_grpo_with_alpha_above_zero_gives_a_turn_more_than_its_own():  # identity 3, broken
+    # PAIR: the first turn's own is ±√½, half of the last one's ∓√½ is added
+    first = mt_grpo(table(*PAIR), alpha=0.5, eps=0.0).advantages[[0, 2]]
+    assert_allclose(first, [ROOT_HALF / 2, -ROOT_HALF / 2])
+
+
 @few
 @given(steps(equal=True), st.lists(rewards, min_size=40, max_size=40))
-def test_with_equal_turns_the_last_advantage_does_not_depend_on_turn_rewards(step, others):
+def test_with_equal_turns_the_last_advantage_does_not_depend_on_turn_rewards(step, others):  # identity 4
     groups, turns, outcomes = step
     changed = [[*others[4 * i : 4 * i + len(t) - 1], None] for i, t in enumerate(turns)]
     before, after = table(*step), table(groups, changed, outcomes)
     assert_allclose(mt_grpo(before).advantages[before.last], mt_grpo(after).advantages[after.last], atol=1e-12)
 
 
+def test_with_unequal_turns_the_last_advantage_depends_on_turn_rewards():  # identity 4, broken
+    # the second rollout answers at once: its last turn is its first, compared with a search that is paid 1 or -1
+    for paid, sign in ((1.0, -1), (-1.0, 1)):
+        ragged = table([0, 0], [[paid, None], [None]], [0.0, 0.0])
+        assert_allclose(mt_grpo(ragged, eps=0.0).advantages[ragged.last], [0, sign * ROOT_HALF])
+
+
 @few
 @given(steps(), st.sampled_from([0.0, 0.4, 1.0]))
-def test_mt_grpo_is_its_backward_recursion(step, alpha):
+def test_mt_grpo_is_its_backward_recursion(step, alpha):  # identity 5
     rows = table(*step)
     credit = mt_grpo(rows, alpha=alpha)
     is_last = np.isin(np.arange(len(rows.rollout)), rows.last)
@@ -215,9 +240,16 @@ def test_mt_grpo_is_its_backward_recursion(step, alpha):
     assert_allclose(credit.advantages, credit.streams["turn"].advantage + after, atol=1e-12)
 
 
+def test_the_backward_recursion_with_another_alpha_is_not_met():  # identity 5, broken
+    # PAIR at α = ½: A₁ = ½√½ for the first rollout, and √½ − 1·√½ is 0
+    credit = mt_grpo(table(*PAIR), alpha=0.5, eps=0.0)
+    assert_allclose(credit.streams["turn"].advantage[0] + 1.0 * credit.advantages[1], 0, atol=1e-12)
+    assert_allclose(credit.advantages[0], ROOT_HALF / 2)
+
+
 @few
 @given(steps(equal=True), st.sampled_from([0.5, 3.0]), st.sampled_from([-2.0, 0.5]))
-def test_mt_grpo_ignores_positive_affine_maps_of_each_stream(step, scale, shift):
+def test_mt_grpo_ignores_positive_affine_maps_of_each_stream(step, scale, shift):  # identity 7
     groups, turns, outcomes = step
     full = [[r or 0.0 for r in t] for t in turns]  # absent and 0 differ under a shift
     whole = [o or 0.0 for o in outcomes]
@@ -229,7 +261,18 @@ def test_mt_grpo_ignores_positive_affine_maps_of_each_stream(step, scale, shift)
     )
 
 
-def test_grpo_mr_ignores_a_common_map_but_not_one_of_a_single_stream():
+def test_mt_grpo_does_not_ignore_a_negative_map_nor_any_map_at_a_large_eps():  # identity 7, broken
+    # turn rewards 1, 0 become -1, 0: −√½ − √½ where it was √½ − √½
+    turned = table([0, 0], [[-1.0, 0.0], [0.0, 0.0]], [0.0, 2.0])
+    assert_allclose(mt_grpo(turned, eps=0.0).advantages[[0, 2]], [-2 * ROOT_HALF, 2 * ROOT_HALF])
+    # eps 1: half a reward over √½ + 1, but one and a half over 3√½ + 1
+    for scale in (1.0, 3.0):
+        scaled = table([0, 0], [[scale, 0.0], [0.0, 0.0]], [0.0, 0.0])
+        expected = scale / 2 / (scale * ROOT_HALF + 1)
+        assert_allclose(mt_grpo(scaled, eps=1.0).advantages[[0, 2]], [expected, -expected])
+
+
+def test_grpo_mr_ignores_a_common_map_but_not_one_of_a_single_stream():  # identity 7
     # merged 1 + 0, 0 + 2: the second is better; turn rewards times 4: 4 + 0, 0 + 2: the first is
     groups, _, outcomes = PAIR
     common = table(groups, [[3.0 + 1, None], [0.0 + 1, None]], [0.0 * 3, 2.0 * 3])
@@ -241,15 +284,26 @@ def test_grpo_mr_ignores_a_common_map_but_not_one_of_a_single_stream():
 
 @few
 @given(steps(equal=True))
-def test_grpo_mr_with_equal_turn_rewards_is_grpo_or(step):
+def test_grpo_mr_with_equal_turn_rewards_is_grpo_or(step):  # identity 7
     groups, turns, outcomes = step
     rows = table(groups, [[0.5] * (len(t) - 1) + [None] for t in turns], outcomes)
     assert_allclose(grpo_mr(rows).advantages, grpo_or(rows).advantages, atol=1e-10)
 
 
+def test_grpo_mr_of_unequal_turns_feels_a_shift_and_equal_turn_rewards():  # identity 7, broken
+    # two turns against one. Merged 1 and ½: the first is better; all turn rewards less 1: -1 and -½, the second is
+    for shift, sign in ((0.0, 1), (-1.0, -1)):
+        ragged = table([0, 0], [[1.0 + shift, 0.0 + shift], [0.0 + shift]], [0.0, 0.5])
+        assert_allclose(grpo_mr(ragged, eps=0.0).advantages, sign * ROOT_HALF * np.array([1, 1, -1]))
+    # turn rewards all ½, outcomes equal: merged 1 and ½ where GRPO-OR has nothing to compare
+    equal = table([0, 0], [[0.5, 0.5], [0.5]], [0.0, 0.0])
+    assert_allclose(grpo_mr(equal, eps=0.0).advantages, ROOT_HALF * np.array([1, 1, -1]))
+    assert_allclose(grpo_or(equal, eps=0.0).advantages, 0)
+
+
 @few
 @given(steps(), st.sampled_from(sorted(PAPERS_THREE)), st.randoms(use_true_random=False))
-def test_the_order_of_rollouts_and_the_names_of_groups_change_nothing(step, name, random):
+def test_the_order_of_rollouts_and_the_names_of_groups_change_nothing(step, name, random):  # identity 31
     groups, turns, outcomes = step
     order = list(range(len(groups)))
     random.shuffle(order)
@@ -261,9 +315,21 @@ def test_the_order_of_rollouts_and_the_names_of_groups_change_nothing(step, name
     assert_allclose(PAPERS_THREE[name](shuffled).advantages, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", sorted(PAPERS_THREE))
+def test_outcomes_that_do_not_move_with_their_rollouts_change_advantages(name):  # identity 31, broken
+    # rollouts exchanged, outcomes not: the parts, moved back, are not what they were
+    groups, turns, outcomes = [0, 0], [[0.25], [0.0]], [0.0, 2.0]
+    usual = PAPERS_THREE[name](table(groups, turns, outcomes)).advantages
+    moved, half_moved = (
+        PAPERS_THREE[name](table(groups, turns[::-1], found)).advantages[::-1] for found in (outcomes[::-1], outcomes)
+    )
+    assert_allclose(moved, usual)
+    assert np.abs(half_moved - usual).max() > 0.5
+
+
 @few
 @given(steps(), st.sampled_from(sorted(PAPERS_THREE)), st.sampled_from([0, 1]), st.sampled_from([0.0, 1e-4]))
-def test_advantages_are_finite_and_groups_of_one_get_exactly_zero(step, name, ddof, eps):
+def test_advantages_are_finite_and_groups_of_one_get_exactly_zero(step, name, ddof, eps):  # identity 33
     rows = table(*step)
     advantages = PAPERS_THREE[name](rows, ddof=ddof, eps=eps).advantages
     assert np.isfinite(advantages).all()
@@ -274,12 +340,20 @@ def test_advantages_are_finite_and_groups_of_one_get_exactly_zero(step, name, dd
 @pytest.mark.parametrize("name", sorted(PAPERS_THREE))
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("eps", [0.0, 1e-4])
-def test_a_group_without_variance_gets_exactly_zero(name: str, size: int, eps: float):
+def test_a_group_without_variance_gets_exactly_zero(name: str, size: int, eps: float):  # identity 33
     # 0.1 three times has a floating-point mean that is not 0.1; and a live group stands beside it
     rows = table([0] * size + [1, 1], [[0.1, None]] * size + [[1.0, None], [0.0, None]], [0.1] * size + [0.0, 3.0])
     advantages = PAPERS_THREE[name](rows, eps=eps).advantages
     assert (advantages[: 2 * size] == 0).all()
     assert (advantages[2 * size :] != 0).any()
+
+
+def test_a_naive_z_score_of_equal_numbers_is_not_zero():  # identity 33, broken
+    values = np.full(3, 0.1)
+    centred = values - values.sum() / 3  # the sum is 0.30000000000000004
+    assert (centred != 0).all()
+    assert np.abs(centred / np.sqrt((centred**2).sum() / 2)).min() > 0.8  # at eps = 0 of the size of a true difference
+    assert (z_score(values, np.zeros(3, dtype=np.int64), eps=0.0) == 0).all()
 
 
 # ------------------------------------------------------------------------------------ the table

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from numpy.testing import assert_allclose
 
-from turnwise.credit import TokenTable, TurnTable, turn_table
+from turnwise.credit import TokenTable, TurnTable, reinforce_pp, turn_table
 from turnwise.credit.gae import (
     bi_level_gae,
     gae,
@@ -213,7 +213,7 @@ def test_a_reward_before_the_first_sampled_token_goes_to_that_one():
 
 @few
 @given(runs(), st.integers(0, 2**32 - 1))
-def test_rewards_are_moved_and_never_dropped(found, seed):
+def test_rewards_are_moved_and_never_dropped(found, seed):  # identity 32
     table = tokens_of(found)
     rewards = np.random.default_rng(seed).normal(size=len(table.turn))
     moved = sampled_token_rewards(table, rewards)
@@ -224,9 +224,10 @@ def test_rewards_are_moved_and_never_dropped(found, seed):
     assert_allclose(credit.advantages, as_moved.advantages)
 
 
-def test_a_reward_that_the_tool_gave_counts_in_gae():
+def test_a_reward_that_the_tool_gave_counts_in_gae():  # identity 32, and broken: dropped
     table = tokens_of([Run([([1.0], None, 0.0, 1), ([2.0], None, 0.0, 0)])])
     assert_allclose(token_gae(table, np.array([0.0, 5, 0]), gamma=1.0, lam=1.0).advantages, [5 - 1, 0, 0 - 2])
+    assert_allclose(token_gae(table, np.zeros(3), gamma=1.0, lam=1.0).advantages, [0 - 1, 0, 0 - 2])
 
 
 @pytest.mark.parametrize(
@@ -356,19 +357,19 @@ def test_long_rollouts_stay_exact(gamma):
 
 @few
 @given(runs(), unit, unit)
-def test_mt_ppo_without_turn_rewards_is_ppo_or(found, gamma, lam):
+def test_mt_ppo_without_turn_rewards_is_ppo_or(found, gamma, lam):  # identity 10
     bare = tokens_of([replace(run, turns=[(own, None, v, after) for own, _, v, after in run.turns]) for run in found])
     assert_allclose(mt_ppo(bare, gamma=gamma, lam=lam).advantages, ppo_or(bare, gamma=gamma, lam=lam).advantages)
 
 
-def test_mt_ppo_with_turn_rewards_is_not_ppo_or():
+def test_mt_ppo_with_turn_rewards_is_not_ppo_or():  # identity 10, broken
     table = tokens_of(TWO)
     assert not np.allclose(mt_ppo(table).advantages, ppo_or(table).advantages)
 
 
 @few
 @given(runs())
-def test_paid_at_the_end_differs_by_what_was_paid_before(found):
+def test_paid_at_the_end_differs_by_what_was_paid_before(found):  # identity 9
     table = tokens_of(found)
     written = table.turn >= 0
     paid = token_rewards(table, "turns")[written]
@@ -378,7 +379,7 @@ def test_paid_at_the_end_differs_by_what_was_paid_before(found):
     assert_allclose(late[written], before, atol=1e-12)
 
 
-def test_paid_at_the_end_under_a_discount_differs_by_more():
+def test_paid_at_the_end_under_a_discount_differs_by_more():  # identity 9, broken
     # the first rollout's 4, paid two steps later at γ = ½, is worth 1 at the second token: 1 − 4 = −3, not 0
     table = tokens_of(TWO)
     late = mt_ppo_paid_at_end(table, gamma=0.5).advantages - mt_ppo(table, gamma=0.5).advantages
@@ -387,7 +388,7 @@ def test_paid_at_the_end_under_a_discount_differs_by_more():
 
 @few
 @given(runs(), unit)
-def test_lambda_zero_is_one_step_and_lambda_one_is_return_minus_value(found, gamma):
+def test_lambda_zero_is_one_step_and_lambda_one_is_return_minus_value(found, gamma):  # identity 11
     table = tokens_of(found)
     written = table.turn >= 0
     assert table.values is not None
@@ -403,23 +404,34 @@ def test_lambda_zero_is_one_step_and_lambda_one_is_return_minus_value(found, gam
     assert_allclose(credit.advantages[written], to_go.advantages[written] - values, atol=1e-10)
 
 
-def test_zero_values_and_lambda_one_are_the_reward_to_go():
+def test_zero_values_and_lambda_one_are_the_reward_to_go():  # identity 11, and broken: λ = ½
     # γ = ½, rewards 0 4 | 0 2: 2, 1, 4 + ½ = 9/2, 9/4; then 1 + ½·4 = 3
     table = replace(tokens_of(TWO), values=np.zeros(7))
     assert_allclose(mt_ppo(table, gamma=0.5).advantages, [9 / 4, 9 / 2, 0, 0, 1, 2, 3])
     assert not np.allclose(mt_ppo(table, gamma=0.5, lam=0.5).advantages, mt_ppo(table, gamma=0.5).advantages)
 
 
+def test_zero_values_without_discount_are_what_reinforce_pp_whitens():  # identity 11, and broken: a discount
+    # 4 + 2 at all four tokens of the first, 1 at that of the second, which ended itself
+    table = tokens_of([TWO[0], replace(TWO[1], bootstrap=0.0)])
+    table = replace(table, values=np.zeros(7))
+    whole = reinforce_pp(table.turns).streams["trajectory"].value
+    assert_allclose(whole, [6, 6, 1])
+    written = table.turn >= 0
+    assert_allclose(ppo_mr(table).advantages[written], whole[table.turn[written]])
+    assert_allclose(ppo_mr(table, gamma=0.5).advantages[written], [6 / 8, 6 / 4, 6 / 2, 6, 1])
+
+
 @few
 @given(runs(one_token=True), unit, unit)
-def test_turn_gae_is_token_gae_where_turns_are_one_token_long(found, gamma, lam):
+def test_turn_gae_is_token_gae_where_turns_are_one_token_long(found, gamma, lam):  # identity 13
     same = [replace(run, turns=[([v], reward, v, after) for _, reward, v, after in run.turns]) for run in found]
     table = tokens_of(same)
     expected = mt_ppo(table, gamma=gamma, lam=lam).advantages[table.turn >= 0]
     assert_allclose(turn_ppo(table.turns, gamma=gamma, lam=lam).advantages, expected)
 
 
-def test_turn_gae_is_not_token_gae_where_turns_are_longer():
+def test_turn_gae_is_not_token_gae_where_turns_are_longer():  # identity 13, broken
     # two tokens of value 0, reward 1, γ = ½: the turn gets 1, its first token ½
     table = tokens_of([Run([([0.0, 0.0], 1.0, 0.0, 0)])])
     assert_allclose(turn_ppo(table.turns, gamma=0.5).advantages, [1])
@@ -428,7 +440,7 @@ def test_turn_gae_is_not_token_gae_where_turns_are_longer():
 
 @few
 @given(runs(max_turns=1, cut=False), unit, unit, unit, unit)
-def test_bi_level_gae_with_one_turn_is_token_gae(found, gamma, lam, token_gamma, token_lam):
+def test_bi_level_gae_with_one_turn_is_token_gae(found, gamma, lam, token_gamma, token_lam):  # identity 13
     table = tokens_of(found)
     both = bi_level_gae(table, gamma=gamma, lam=lam, token_gamma=token_gamma, token_lam=token_lam)
     assert_allclose(both.advantages, mt_ppo(table, gamma=token_gamma, lam=token_lam).advantages, atol=1e-12)
@@ -443,7 +455,7 @@ def test_bi_level_gae_without_discount_is_token_gae(found):
     assert_allclose(both.returns, mt_ppo(table).returns, atol=1e-12)
 
 
-def test_bi_level_gae_with_a_turn_discount_is_not_token_gae():
+def test_bi_level_gae_with_a_turn_discount_is_not_token_gae():  # identity 13, broken: two turns
     table = tokens_of(TWO)
     assert not np.allclose(bi_level_gae(table, gamma=0.9).advantages, mt_ppo(table).advantages)
 
@@ -467,7 +479,7 @@ def test_bi_level_gae_keeps_turns_without_reward():
 
 @few
 @given(runs(), unit, unit, st.sampled_from([0.0, 1.0, 3.0]))
-def test_vetta_has_the_turns_advantage_as_its_mean(found, gamma, lam, alpha):
+def test_vetta_has_the_turns_advantage_as_its_mean(found, gamma, lam, alpha):  # identity 14
     table = tokens_of(found)
     fused = vetta(table, alpha=alpha, gamma=gamma, lam=lam, token_gamma=0.9, token_lam=0.8).advantages
     turn = turn_ppo(table.turns, gamma=gamma, lam=lam).advantages
@@ -477,10 +489,15 @@ def test_vetta_has_the_turns_advantage_as_its_mean(found, gamma, lam, alpha):
         assert_allclose(fused[table.turn >= 0], turn[table.turn[table.turn >= 0]])
 
 
-def test_adding_token_advantages_uncentred_would_move_the_mean():
+def test_adding_token_advantages_uncentred_would_move_the_mean():  # identity 14, broken
     table = tokens_of(TWO)
     plain = turn_ppo(table.turns).advantages[[0, 0, 1, 1, 2]] + mt_ppo(table).advantages[table.turn >= 0]
     assert not np.allclose(plain[:2].mean(), turn_ppo(table.turns).advantages[0])
+    # and with α = 1, not 0, VETTA is not Turn-PPO at each token
+    turn = turn_ppo(table.turns, gamma=1.0, lam=1.0).advantages[[0, 0, 1, 1, 2]]
+    alone, fused = (vetta(table, alpha=a, gamma=1.0, lam=1.0).advantages[table.turn >= 0] for a in (0.0, 1.0))
+    assert_allclose(alone, turn)
+    assert np.abs(fused - turn).max() > 0.4
 
 
 ON_TOKENS = [ppo_or, ppo_mr, mt_ppo, bi_level_gae, vetta]
@@ -490,7 +507,7 @@ on_turns = st.sampled_from([turn_ppo, step_ppo])
 
 @few
 @given(runs(), on_tokens)
-def test_tools_tokens_change_nothing_and_get_exactly_zero(found, estimate):
+def test_tools_tokens_change_nothing_and_get_exactly_zero(found, estimate):  # identities 13 and 32
     table = tokens_of(found)
     written = table.turn >= 0
     credit, bare = estimate(table, lam=0.9), estimate(without_tool_tokens(table), lam=0.9)
@@ -499,7 +516,7 @@ def test_tools_tokens_change_nothing_and_get_exactly_zero(found, estimate):
         assert_allclose(getattr(credit, name)[written], getattr(bare, name), rtol=0, atol=0)
 
 
-def test_tools_tokens_counted_as_steps_would_change_the_rest():
+def test_tools_tokens_counted_as_steps_would_change_the_rest():  # identities 13 and 32, broken
     # values 0, outcome 1, λ = ½: sampled, tool, sampled gives ½ at the first; with the tool's as a step it is ¼
     skipped = tokens_of([Run([([0.0], None, 0.0, 1), ([0.0], None, 0.0, 0)], 1.0)])
     counted = tokens_of([Run([([0.0, 0.0], None, 0.0, 0), ([0.0], None, 0.0, 0)], 1.0)])
@@ -509,7 +526,7 @@ def test_tools_tokens_counted_as_steps_would_change_the_rest():
 
 @few
 @given(runs(cut=False), number, number, unit, unit)
-def test_a_cut_rollout_is_one_whose_rest_is_worth_the_bootstrap(found, reward, value, gamma, lam):
+def test_a_cut_rollout_is_one_whose_rest_is_worth_the_bootstrap(found, reward, value, gamma, lam):  # identity 15
     # the rest: one more token with value V that pays V, so that its own advantage is 0
     whole = [replace(run, turns=[*run.turns, ([value], value, value, 0)], outcome=None) for run in found]
     cut = [replace(run, bootstrap=value, outcome=None) for run in found]
@@ -522,7 +539,7 @@ def test_a_cut_rollout_is_one_whose_rest_is_worth_the_bootstrap(found, reward, v
     assert_allclose(np.delete(turns, long.turns.last), turn_ppo(short.turns, gamma=gamma, lam=lam).advantages)
 
 
-def test_without_its_bootstrap_a_cut_rollout_loses_the_rest():
+def test_without_its_bootstrap_a_cut_rollout_loses_the_rest():  # identity 15, broken
     cut = tokens_of([Run([([1.0], 0.0, 1.0, 0)], bootstrap=3.0)])
     assert_allclose(mt_ppo(cut).advantages, [3 - 1])
     ended = replace(cut, turns=replace(cut.turns, bootstrap=None))
@@ -535,7 +552,7 @@ def test_without_its_bootstrap_a_cut_rollout_loses_the_rest():
 
 @few
 @given(runs(), on_tokens, st.randoms(use_true_random=False))
-def test_the_order_of_rollouts_and_their_groups_change_no_token(found, estimate, random):
+def test_the_order_of_rollouts_and_their_groups_change_no_token(found, estimate, random):  # identity 31
     order = list(range(len(found)))
     random.shuffle(order)
     table, shuffled = tokens_of(found), tokens_of([replace(found[i], group=5 - found[i].group) for i in order])
@@ -546,7 +563,7 @@ def test_the_order_of_rollouts_and_their_groups_change_no_token(found, estimate,
 
 @few
 @given(runs(), on_tokens)
-def test_a_rollout_has_the_same_advantages_alone(found, estimate):
+def test_a_rollout_has_the_same_advantages_alone(found, estimate):  # identity 31
     alone = np.concatenate([estimate(tokens_of([run])).advantages for run in found])
     assert_allclose(estimate(tokens_of(found)).advantages, alone, rtol=0, atol=0)
     turns = np.concatenate([turn_ppo(turns_of([run])).advantages for run in found])
@@ -563,14 +580,14 @@ def test_the_order_of_rollouts_changes_no_turn(found, estimate, random):
     assert_allclose(shuffled, np.concatenate([parts[i] for i in order]), atol=1e-7)
 
 
-def test_whitening_does_depend_on_company():
+def test_whitening_does_depend_on_company():  # identity 31, broken
     both = step_ppo(turns_of(TWO)).advantages
     assert not np.allclose(both[:2], step_ppo(turns_of(TWO[:1])).advantages)
 
 
 @few
 @given(runs(), on_tokens, on_turns, unit, unit)
-def test_nothing_is_ever_infinite(found, estimate, of_turns, gamma, lam):
+def test_nothing_is_ever_infinite(found, estimate, of_turns, gamma, lam):  # identity 33
     credit = estimate(tokens_of(found), gamma=gamma, lam=lam)
     assert np.isfinite(credit.advantages).all()
     assert np.isfinite(credit.returns).all()
@@ -583,12 +600,15 @@ def test_equal_advantages_and_a_single_turn_are_whitened_to_zero():
     assert_allclose(step_ppo(turns_of(one * 3)).advantages, [0, 0, 0], atol=0)
 
 
-def test_single_precision_values_are_computed_in_double():
+def test_single_precision_values_are_computed_in_double():  # identity 33, and broken: in single precision
     table = tokens_of(TWO)
     assert table.values is not None
     narrow = replace(table, values=table.values.astype(np.float32))
     assert mt_ppo(narrow, gamma=0.7).advantages.dtype == np.float64
     assert_allclose(mt_ppo(narrow, gamma=0.7).advantages, mt_ppo(table, gamma=0.7).advantages, rtol=0, atol=0)
+    assert narrow.values is not None
+    single = np.float32(0.7) * narrow.values[1] - narrow.values[0]  # the first token's difference, 0.7 · 1 − 2
+    assert single != mt_ppo(narrow, gamma=0.7, lam=0.0).advantages[0] == 0.7 - 2
 
 
 # -------------------------------------------------------------------------------- an exact process
@@ -691,6 +711,7 @@ def test_the_process_is_a_distribution():
 @pytest.mark.parametrize("gamma", [0.7, 1.0])
 @pytest.mark.parametrize(("placement", "estimate"), [("turns", mt_ppo), ("outcome", ppo_or)])
 def test_with_exact_values_advantages_are_unbiased_for_every_lambda(placement, estimate, gamma, lam):
+    # identity 12, and broken: a wrong value
     # E[A | s] = 0 and E[A | s, a] = Q(s, a) − V(s)
     paths = process()
     done, values, action_values = exact(paths, placement, gamma)
@@ -708,7 +729,7 @@ def test_with_exact_values_advantages_are_unbiased_for_every_lambda(placement, e
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 1.0])
-def test_turn_gae_with_exact_values_is_unbiased_for_every_lambda(lam):
+def test_turn_gae_with_exact_values_is_unbiased_for_every_lambda(lam):  # identity 12, and broken: a wrong value
     paths, gamma = process(), 0.8
     starts = [[path.seen[0], *path.seen[2:]] for path in paths]
     done = [
@@ -726,9 +747,17 @@ def test_turn_gae_with_exact_values_is_unbiased_for_every_lambda(lam):
     assert_allclose(list(averages(paths, starts, parts).values()), 0, atol=1e-12)
     for name, mean in averages(paths, done, parts).items():
         assert_allclose(mean, action_values[name] - values[name.split(">")[0]], atol=1e-12)
+    wrong = turns_of(found)  # the value after a = b = 1 and a found o is 1 too high, once in each path there
+    assert wrong.values is not None
+    off = np.concatenate([[seen == "11:1" for seen in state] for state in starts])
+    moved = turn_ppo(replace(wrong, values=wrong.values + off), gamma=gamma, lam=lam).advantages
+    means = averages(paths, starts, [part.tolist() for part in np.split(moved, wrong.last[:-1] + 1)])
+    assert_allclose(means["11:1"], -1, atol=1e-12)
+    assert (abs(means[""]) > 1e-3) == (lam < 1)
 
 
 def test_without_discount_and_with_exact_critics_placement_does_not_matter():
+    # identity 9, and broken: the critic of the other
     # each placement with its own exact critic: the same advantage at every token of every path
     paths = process()
     credits = {}
@@ -741,7 +770,7 @@ def test_without_discount_and_with_exact_critics_placement_does_not_matter():
     assert not np.allclose(mt_ppo_paid_at_end(exact_table(paths, values)).advantages, credits["turns"])
 
 
-def test_under_a_discount_placement_matters_even_with_exact_critics():
+def test_under_a_discount_placement_matters_even_with_exact_critics():  # identity 9, broken
     paths = process()
     credits = []
     for placement, estimate in (("turns", mt_ppo), ("merged", mt_ppo_paid_at_end)):

@@ -48,7 +48,7 @@ def test_estimators_of_turns_are_their_formula_as_loops(name: str, ragged: bool)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_single_precision_columns_are_computed_in_double(name: str):
+def test_single_precision_columns_are_computed_in_double(name: str):  # identity 33
     step = STEPS[True]
 
     def rounded(columns, kind):

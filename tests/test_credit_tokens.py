@@ -44,7 +44,7 @@ def test_padded_arrays_become_the_tables():
     assert_array_equal(made.last, [1, 2, 5])
 
 
-def test_rewards_on_environment_tokens_count_for_the_turn_before():
+def test_rewards_on_environment_tokens_count_for_the_turn_before():  # identity 32
     for place, turn in ((2, 0), (3, 0), (5, 1)):
         rewards = np.full(IDS.shape, NONE)
         rewards[0, place] = 3.0
@@ -55,7 +55,7 @@ def test_rewards_on_environment_tokens_count_for_the_turn_before():
     assert padded_tokens(IDS, [0, 0], turn_rewards={"r": early}).turns.turn_rewards["r"][2] == 2.0
 
 
-def test_the_side_of_padding_does_not_matter():
+def test_the_side_of_padding_does_not_matter():  # identity 31, and broken: values that stay
     left = np.array([[-1, *ROW[:-1]], OTHER])
     right = np.array([ROW, [0, 0, 0, -1, -1, -1]])
     values = np.arange(12.0).reshape(2, 6)
@@ -68,6 +68,8 @@ def test_the_side_of_padding_does_not_matter():
     for table in (other, third):
         assert_array_equal(table.turn, usual.turn)
         assert_array_equal(table.values, usual.values)
+    stayed = padded_tokens(left, [0, 0], values=values)  # the tokens moved, their values did not
+    assert_array_equal(stayed.values, [1, 2, 5, 9, 10, 11])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_arrays_of_other_shapes_are_refused():
         padded_tokens(IDS, [0, 0], values=values)
 
 
-def test_tokens_get_their_turns_advantage_and_others_exactly_zero():
+def test_tokens_get_their_turns_advantage_and_others_exactly_zero():  # identity 32
     made = padded_tokens(IDS, [0, 0])
     tokens = broadcast(made, np.array([0.5, -1.0, 2.0]))
     assert_array_equal(tokens, [0.5, 0.5, -1, 2, 2, 2])
@@ -128,10 +130,19 @@ def test_token_mean_weighs_turns_by_length_and_turn_mean_does_not(rollouts):  # 
     lengths = np.array([n for turns in rollouts for n, _ in turns])
     advantages = np.array([float(a) for turns in rollouts for _, a in turns])
     tokens = broadcast(made, advantages)
-    assert_allclose((loss_weights(made, "token-mean") * tokens).sum(), np.average(advantages, weights=lengths))
+    by_length = np.average(advantages, weights=lengths)
+    assert_allclose((loss_weights(made, "token-mean") * tokens).sum(), by_length, atol=1e-12)
     assert_allclose((loss_weights(made, "turn-mean") * tokens).sum(), advantages.mean(), atol=1e-12)
     for aggregation in ("token-mean", "sequence-mean", "turn-mean"):
         assert_allclose(loss_weights(made, aggregation).sum(), 1)
+
+
+def test_the_two_means_differ_where_turns_differ_in_length():  # identity 35, broken
+    # 1 at a turn of one token, -1 at a turn of three: (1 − 3)/4 and (1 − 1)/2
+    made = token_table(turn_table([0], [[{}, {}]], [{}], tokens=[[1, 3]]))
+    tokens = broadcast(made, np.array([1.0, -1.0]))
+    found = [(loss_weights(made, name) * tokens).sum() for name in ("token-mean", "turn-mean")]
+    assert_allclose(found, [-0.5, 0], atol=1e-12)
 
 
 def test_diagnostics_by_hand():

@@ -155,6 +155,19 @@ def test_rloo_dr_grpo_and_grpo_differ_by_a_factor_per_group(step):  # identity 1
         assert_allclose(np.bincount(made.group[first], weights=advantages[first]), 0, atol=1e-9)
 
 
+def test_other_eps_other_degrees_and_other_company_break_these_factors():  # identity 16, broken
+    # outcomes 0 and 2: mean 1, std √2 (ddof 1) or 1 (ddof 0).  RLOO ∓2 = 2/1 · ∓1
+    pair = table([0, 0], [[None], [None]], [0.0, 2.0])
+    centred, sign = dr_grpo(pair).advantages, np.array([-1, 1])
+    assert_allclose(rloo(pair).advantages, 2 * centred)
+    assert_allclose(grpo_or(pair, eps=1.0).advantages, centred / (np.sqrt(2) + 1))
+    assert_allclose(grpo_or(pair, eps=1.0, ddof=0).advantages, sign / 2)  # not 1/(√2 + 1)
+    # whitened over the step, (4, 0) and (1, 1, 1): mean 7/5, so the group (1, 1, 1) sums to less than 0
+    step = table([0, 0, 1, 1, 1], [[None]] * 5, [4.0, 0.0, 1.0, 1.0, 1.0])
+    assert reinforce_pp(step, over="rollouts").advantages[2:].sum() < -0.5
+    assert_allclose(rloo(step).advantages[2:].sum(), 0, atol=1e-12)
+
+
 @given(steps())
 def test_a_step_split_by_group_gives_the_same_within_groups(step):
     groups, turns, outcomes = step

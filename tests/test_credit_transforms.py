@@ -68,7 +68,7 @@ def test_shaping_pays_the_gain_in_potential():
 
 @few
 @given(steps(), st.data(), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
-def test_discounted_shaping_sums_to_last_minus_first_potential(step, data, gamma):
+def test_discounted_shaping_sums_to_last_minus_first_potential(step, data, gamma):  # identity 27
     rows = table(*step)
     before, end = column(data, len(rows.rollout)), column(data, rows.num_rollouts)
     paid = potential_shaping(before, rows, end=end, gamma=gamma)
@@ -77,7 +77,7 @@ def test_discounted_shaping_sums_to_last_minus_first_potential(step, data, gamma
     assert_allclose(total, gamma**turns * end - before[rows.index == 0], atol=1e-12)
 
 
-def test_shaping_with_another_discount_does_not_telescope():
+def test_shaping_with_another_discount_does_not_telescope():  # identity 27, broken
     before = np.array([1.0, 2.0, 4.0, 3.0])
     paid = potential_shaping(before, TWO, gamma=1.0)
     # with γ = ½ in the sum: 1 + 2/2 − 4/4 = 1, not −1
@@ -102,7 +102,7 @@ def gradient(rows: TurnTable) -> np.ndarray:
     return (chances * GAMMA**rows.index * returns) @ scores
 
 
-def test_shaping_leaves_the_expected_gradient_as_it_was():
+def test_shaping_leaves_the_expected_gradient_as_it_was():  # identity 27, and broken: a potential at the end
     rows = table([0] * 3, [path[1] for path in PATHS], [path[2] for path in PATHS])
     before = np.concatenate([path[4] for path in PATHS])
     plain = gradient(rows)
@@ -148,7 +148,7 @@ def test_probability_gain_is_the_rise_of_the_probability():
 
 @few
 @given(steps(), st.data())
-def test_information_gains_sum_to_last_minus_first_score_and_do_not_know_its_level(step, data):
+def test_information_gains_sum_to_last_minus_first_score_and_do_not_know_its_level(step, data):  # identity 28
     rows = table(*step)
     before, end = column(data, len(rows.rollout)), column(data, rows.num_rollouts)
     paid = information_gain(before, rows, end=end)
@@ -159,7 +159,7 @@ def test_information_gains_sum_to_last_minus_first_score_and_do_not_know_its_lev
     assert_allclose(np.bincount(rows.rollout, weights=without_answer), before[rows.last] - first, atol=1e-12)
 
 
-def test_probability_gain_does_know_the_level_of_the_score():
+def test_probability_gain_does_know_the_level_of_the_score():  # identity 28, broken
     before = np.log([0.25, 0.5, 0.75, 0.125])
     assert_allclose(probability_gain(before + math.log(2), TWO)[:2], [0.5, 0.5])
 
@@ -268,7 +268,7 @@ def test_paying_at_the_end_is_not_what_turn_credit_sees():
 # ----------------------------------------------------------------------------------- modulators
 
 
-def test_empg_weighs_sure_turns_more_and_pays_for_what_follows():
+def test_empg_weighs_sure_turns_more_and_pays_for_what_follows():  # identity 29, broken: κ and ζ above 0
     # entropies 1, 3, 2 and 3: h = 0, 1, ½, 1.   κ = log 4: exp(−κh) = 1, ¼, ½, ¼, mean ½: g = 2, ½, 1, ½
     # κ' = log 16: exp(−κ'h) = 1, 1/16, ¼, 1/16; the bonus is that of the next turn: 1/16, ¼, none, none
     entropies, advantages = np.array([1.0, 3.0, 2.0, 3.0]), np.array([1.0, 1.0, -1.0, 2.0])
@@ -280,7 +280,7 @@ def test_empg_weighs_sure_turns_more_and_pays_for_what_follows():
 
 @few
 @given(steps(), st.data())
-def test_empg_without_scale_and_bonus_changes_nothing_but_the_mean(step, data):
+def test_empg_without_scale_and_bonus_changes_nothing_but_the_mean(step, data):  # identity 29
     rows = table(*step)
     advantages, entropies = column(data, len(rows.rollout)), np.abs(column(data, len(rows.rollout)))
     same = empg(advantages, entropies, rows, kappa=0.0, zeta=0.0, centre=False)
@@ -321,7 +321,7 @@ def test_agent_opsd_takes_any_amount_of_evidence():
 
 @few
 @given(steps(), st.data(), st.sampled_from([0.1, 0.9]), st.sampled_from([0.2, 0.9]))
-def test_agent_opsd_never_flips_a_sign_and_is_off_without_evidence_or_weight(step, data, lam, bound):
+def test_agent_opsd_never_flips_a_sign_and_is_off_without_evidence_or_weight(step, data, lam, bound):  # identity 29
     rows = table(*step)
     turns = len(rows.rollout)
     advantages, evidence = column(data, turns), 300 * column(data, turns)
@@ -337,6 +337,13 @@ def test_agent_opsd_never_flips_a_sign_and_is_off_without_evidence_or_weight(ste
         agent_opsd(advantages, evidence, np.zeros(rows.num_rollouts), rows, lam=lam),
     ):
         assert_allclose(off, advantages, rtol=1e-12, atol=1e-12)
+
+
+def test_agent_opsd_with_a_bound_of_one_may_lose_a_sign():  # identity 29, broken
+    # z = 1, −1, 0 as worked above; b = 1, λ = 1: factors 2, 0, 1
+    evidence = np.array([math.log(3), -math.log(3), 0.0, 5.0])
+    found = agent_opsd(np.ones(4), evidence, np.array([1.0, 0.0]), TWO, lam=1.0, bound=1.0, eps=0.0)
+    assert_allclose(found, [2, 0, 1, 1], atol=1e-12)
 
 
 @few

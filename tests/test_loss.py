@@ -132,6 +132,19 @@ def test_on_policy_turn_ratios_have_the_gradient_of_token_ratios():  # identity 
     assert_close(by_turn, by_token)
 
 
-def test_a_sequence_ratio_deletes_turn_credit():
+def test_off_policy_turn_ratios_have_another_gradient():  # identity 34, broken
+    # shifts ln 1.1 and -ln 1.1 in one turn: its ratio is 1, its tokens' are 1.1 and 1/1.1
+    shift = math.log(1.1)
+    slopes = []
+    for segments in (None, torch.tensor([0, 0])):
+        policy = torch.tensor([-1.0, -2.0], requires_grad=True)
+        sampling = policy.detach() - t(shift, -shift)
+        policy_loss(policy, sampling, t(1, 1), t(0.5, 0.5), segments=segments).loss.backward()
+        slopes.append(policy.grad)
+    assert_close(slopes[0], t(-0.5 * 1.1, -0.5 / 1.1))
+    assert_close(slopes[1], t(-0.5, -0.5))
+
+
+def test_a_sequence_ratio_deletes_turn_credit():  # identity 34, broken: turns of different advantages
     # the two turns' advantages cancel in the sum, which is all that the shared ratio lets through
     assert_close(gradient_at_one(torch.zeros(4, dtype=torch.int64)), torch.zeros(4))

@@ -80,7 +80,7 @@ def batched_loss(policy: Policy, all_rows: list[Row], *, max_tokens: int, pad_id
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_shared_prompts_give_what_a_plain_forward_pass_gives(tiny: Policy, temperature: float):
+def test_shared_prompts_give_what_a_plain_forward_pass_gives(tiny: Policy, temperature: float):  # identity 31
     batch = pack(rows(), pad_id=0)
     with torch.no_grad():
         found, entropy = token_logprobs(tiny.model, batch, batch.attention, temperature=temperature)
@@ -143,7 +143,7 @@ def test_the_answer_turn_sees_the_tool_result(tiny: Policy):
     assert (before[4:] - after[4:]).abs().min() > 1e-5
 
 
-def test_environment_tokens_have_no_gradient(tiny: Policy):
+def test_environment_tokens_have_no_gradient(tiny: Policy):  # identity 32, and broken: a sampled token in their place
     # the whole loss by plain passes, row by row, over sampled positions alone: same value, same gradient
     expected = torch.zeros(())
     for row in rows():
@@ -157,6 +157,8 @@ def test_environment_tokens_have_no_gradient(tiny: Policy):
     assert_close(gradient(tiny, found), gradient(tiny, expected), atol=1e-6, rtol=1e-4)
     poisoned = [dataclasses.replace(r, advantages=np.where(r.action, r.advantages, np.float32(1e6))) for r in rows()]
     assert_close(batched_loss(tiny, poisoned, max_tokens=10_000), expected)
+    counted = [dataclasses.replace(r, advantages=np.where(r.action, np.float32(1e6), r.advantages)) for r in rows()]
+    assert (batched_loss(tiny, counted, max_tokens=10_000) - expected).abs() > 1000
 
 
 @pytest.mark.parametrize("name", ["grpo-mr", "mt-grpo", "turn-rloo", "gigpo"])
@@ -191,7 +193,7 @@ def _again(policy: Policy, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tenso
     return logprobs, logprobs.detach()
 
 
-def test_the_loss_has_no_slope_in_logits_that_chose_the_tools_tokens(tiny: Policy):
+def test_the_loss_has_no_slope_in_logits_that_chose_the_tools_tokens(tiny: Policy):  # identity 32
     row = rollout_row(rollout(0, 9, 4, 5), [2.0, -1.0], [True, True])
     ids = torch.tensor([[*row.prompt_ids, *row.ids]])
     logits = tiny.model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].detach().requires_grad_()
@@ -217,10 +219,20 @@ def test_a_turn_outside_the_loss_mask_is_not_trained(tiny: Policy):
 
 @pytest.mark.parametrize(("max_tokens", "pad_id"), [(1, 0), (12, 0), (10_000, 7)])
 def test_micro_batches_order_and_padding_change_neither_loss_nor_gradient(tiny: Policy, max_tokens: int, pad_id: int):
+    # identity 31
     usual = batched_loss(tiny, rows(), max_tokens=10_000)
     other = batched_loss(tiny, rows()[::-1], max_tokens=max_tokens, pad_id=pad_id)
     assert_close(other, usual)
     assert_close(gradient(tiny, other), gradient(tiny, usual), atol=1e-6, rtol=1e-4)
+
+
+def test_micro_batches_with_weights_of_their_own_change_the_loss(tiny: Policy):  # identity 31, broken
+    # a token's weight is over all tokens of the minibatch; over those of its micro-batch, short rows count more
+    whole = batched_loss(tiny, weighted(rows(), "token-mean"), max_tokens=10_000)
+    alone = [batched_loss(tiny, weighted([row], "token-mean"), max_tokens=10_000) for row in rows()]
+    assert (torch.stack(alone).mean() - whole).abs() > 0.01
+    sizes = torch.tensor([float(row.loss.sum()) for row in rows()])
+    assert_close((sizes * torch.stack(alone)).sum() / sizes.sum(), whole)
 
 
 def test_merging_equal_rows_changes_neither_loss_nor_gradient(tiny: Policy):

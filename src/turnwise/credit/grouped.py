@@ -52,7 +52,7 @@ def turn_rloo(table: TurnTable, *, gamma: float = 1.0) -> Credit:
     turn.
     """
     returns, keys = _returns(table, gamma), turn_index_keys(table)
-    endings = leave_one_out_mean(returns[table.last], table.rollout_group)[table.rollout]
+    endings = np.repeat(leave_one_out_mean(returns[table.last], table.rollout_group), table.lengths)
     baseline = np.where(group_sizes(keys) > 1, leave_one_out_mean(returns, keys), endings)
     return _credit(Stream(value=returns, baseline=baseline, advantage=returns - baseline))
 
@@ -113,7 +113,7 @@ def anchor_keys(table: TurnTable, *, history: int = 0) -> TurnKeys:
     below zero.
     """
     keys = _histories(table, history)[-1]
-    return np.where(table.index >= history, keys, -1 - np.arange(len(keys)))
+    return np.where(table.index >= history, keys, -1 - np.arange(len(keys))) if history else keys
 
 
 def gigpo(
@@ -213,9 +213,9 @@ def gagpo(
     turns, and 0 in a state that only one rollout was in. The defaults of γ and λ are ours. `gamma` discounts per turn.
     """
     returns, keys = _returns(table, gamma), anchor_keys(table)
-    met = _met(keys, table.rollout, own=own)
-    alone = returns if own else np.zeros(len(returns))
-    values = np.where(met, _baseline(returns, keys, table.rollout, own=own), alone)
+    values = _baseline(returns, keys, table.rollout, own=own)
+    if not own:
+        values = np.where(_met(keys, table.rollout, own=own), values, 0.0)
     deltas = table.reward() + gamma * after_turns(values, np.zeros(table.num_rollouts), table) - values
     found = reward_to_go(deltas, np.zeros(table.num_rollouts), table, discount=gamma * lam)
     return Credit(

@@ -43,5 +43,6 @@ def mt_grpo_repo(table: TurnTable, *, coef: float = 1.0, ddof: int = 1, eps: flo
     own = z_score(rollout_sums(table, table.turn_reward()), group, ddof=ddof, eps=eps)
     outcome = z_score(table.outcome_reward(), group, ddof=ddof, eps=eps)
     merged = z_score(rollout_rewards(table, "merged"), group, ddof=ddof, eps=eps)
-    first = np.where(np.bincount(table.rollout) > 1, outcome + coef * own, merged)
-    return Credit(advantages=np.where(table.index == 0, first[table.rollout], outcome[table.rollout]))
+    advantages = np.repeat(outcome, table.lengths)
+    advantages[table.first] = np.where(table.lengths > 1, outcome + coef * own, merged)
+    return Credit(advantages=advantages)

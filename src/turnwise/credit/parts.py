@@ -42,8 +42,10 @@ class Credit:
 
 def on_turns(stream: Stream, table: TurnTable) -> Stream:
     """What each rollout has, at each of its turns."""
-    at = table.rollout
-    return Stream(value=stream.value[at], baseline=stream.baseline[at], advantage=stream.advantage[at])
+    value, baseline, advantage = (
+        np.repeat(each, table.lengths) for each in (stream.value, stream.baseline, stream.advantage)
+    )
+    return Stream(value=value, baseline=baseline, advantage=advantage)
 
 
 def numbered(keys: TurnKeys) -> tuple[TurnKeys, int]:
@@ -146,7 +148,7 @@ def whiten(values: Turns, *, eps: float = 1e-8) -> Turns:
 def turn_index_keys(table: TurnTable) -> TurnKeys:
     """A key per turn that is shared by the turns of one group at one index."""
     group, _ = numbered(table.rollout_group)  # small numbers, whatever the caller's are
-    return (group * (int(table.index.max()) + 1))[table.rollout] + table.index
+    return np.repeat(group * int(table.lengths.max()), table.lengths) + table.index
 
 
 def reward_to_go(turns: Turns, final: Rollouts, table: TurnTable, *, discount: float) -> Turns:
@@ -156,7 +158,7 @@ def reward_to_go(turns: Turns, final: Rollouts, table: TurnTable, *, discount: f
     """
     out = turns.astype(float)
     out[table.last] += final
-    return sums_to_go(out, table.last - table.first + 1, discount)
+    return sums_to_go(out, table.lengths, discount)
 
 
 def sums_to_go(steps: Steps, lengths: Lengths, discount: float) -> Steps:
@@ -180,14 +182,17 @@ def sums_to_go(steps: Steps, lengths: Lengths, discount: float) -> Steps:
 
 
 def _short_sums_to_go(steps: Steps, lengths: Lengths, discount: float) -> Steps:
-    """The same, from the last place back: at each, the sequences that are as long."""
+    """The same, from the last steps back: at each distance from the end, the sequences that are longer."""
     out, longest_first = steps.copy(), np.argsort(-lengths, kind="stable")
-    first, rest = (np.cumsum(lengths) - lengths)[longest_first], np.zeros(len(lengths))
+    at = (np.cumsum(lengths) - 1)[longest_first]
+    found = out[at]
     longer = len(lengths) - np.cumsum(np.bincount(lengths))  # how many have more than 0, 1, ... steps
-    for k in range(len(longer) - 2, -1, -1):
-        rows = first[: longer[k]] + k
-        rest[: longer[k]] = out[rows] + discount * rest[: longer[k]]
-        out[rows] = rest[: longer[k]]
+    for count in longer[1:-1]:
+        at, found = at[:count], found[:count]
+        at -= 1
+        found *= discount
+        found += out[at]
+        out[at] = found
     return out
 
 
@@ -202,8 +207,10 @@ def _moments(values: Turns, numbers: TurnKeys, ddof: int) -> tuple[Turns, Turns,
     centred = values - baseline
     variance = np.bincount(numbers, weights=centred * centred) / np.maximum(counts - ddof, 1)
     differ = variance > (ROUNDING * means) ** 2
-    unsure = np.flatnonzero((~differ & (counts > 1))[numbers])
-    differ |= _differ(values[unsure], numbers[unsure], len(counts))
+    hidden = ~differ & (counts > 1)
+    if hidden.any():
+        unsure = np.flatnonzero(hidden[numbers])
+        differ |= _differ(values[unsure], numbers[unsure], len(counts))
     return baseline, centred, np.where((counts > ddof) & differ, np.sqrt(variance), 0.0)
 
 
@@ -215,5 +222,6 @@ def _differ(values: Turns, numbers: TurnKeys, count: int) -> FlagPerNumber:
 
 
 def _divided(centred: Turns, stds: PerNumber, eps: float, numbers: TurnKeys) -> Turns:
-    units = np.where(stds > 0, stds + eps, np.inf)
-    return centred / units[numbers] + 0.0  # no -0
+    found = centred / np.where(stds > 0, stds + eps, np.inf)[numbers]
+    found += 0.0  # no -0
+    return found

@@ -89,7 +89,7 @@ class TurnTable:
                     f"outcome {name!r} must have one entry per rollout ({self.num_rollouts}); got {len(column)}"
                 )
         for name, column in (*self.turn_rewards.items(), *self.outcome_rewards.items()):
-            large = np.abs(column) > LARGEST
+            large = np.abs(column.astype(float)) > LARGEST
             if large.any():
                 row = int(large.argmax())
                 raise ValueError(
@@ -145,7 +145,12 @@ class TurnTable:
     @cached_property
     def last(self) -> RolloutKeys:
         """The row of each rollout's last turn."""
-        return np.append(np.flatnonzero(self.rollout[1:] != self.rollout[:-1]), len(self.rollout) - 1)
+        return np.append(np.flatnonzero(self.index[1:] == 0), len(self.index) - 1)
+
+    @cached_property
+    def lengths(self) -> RolloutKeys:
+        """How many turns each rollout has."""
+        return np.diff(self.last, prepend=-1)
 
     @cached_property
     def rollout_group(self) -> RolloutKeys:
@@ -173,12 +178,16 @@ class TurnTable:
 
 def without_absent(column: np.ndarray) -> np.ndarray:
     """The column with 0 where it is absent."""
-    return np.fmax(column, 0.0) + np.fmin(column, 0.0)  # either takes the 0 for a NaN, and one of them for a number
+    found = np.fmax(column, 0.0, dtype=float)
+    found += np.fmin(column, 0.0)  # either takes the 0 for a NaN, and one of them for a number
+    return found
 
 
 def _summed(columns: Mapping[str, np.ndarray], length: int) -> np.ndarray:
-    found = [without_absent(column) for column in columns.values()]
-    return sum(found[1:], start=found[0]) if found else np.zeros(length)
+    found = np.zeros(length)
+    for column in columns.values():
+        found += without_absent(column)
+    return found
 
 
 Tokens = Float[np.ndarray, "M"]

@@ -45,7 +45,7 @@ def rollout_rewards(table: TurnTable, rewards: Merging, *, gamma: float = 1.0) -
 
 def rollout_sums(table: TurnTable, turns: Turns) -> Rollouts:
     """The sum over each rollout's turns."""
-    return np.bincount(table.rollout, weights=turns)
+    return np.add.reduceat(turns, table.first, dtype=float)
 
 
 def grpo_or(table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -157,7 +157,7 @@ def gdpo(table: TurnTable, *, weights: Mapping[str, float] | None = None, ddof: 
         streams[name] = on_turns(own, table)
         summed += own.advantage
     mean, std = _step_moments(summed, np.ones(len(summed)))
-    return Credit(advantages=_scaled(summed - mean, std, eps)[table.rollout], streams=streams)
+    return Credit(advantages=np.repeat(_scaled(summed - mean, std, eps), table.lengths), streams=streams)
 
 
 def informative(table: TurnTable, *, rewards: Merging = "merged") -> RolloutFlags:

@@ -80,10 +80,10 @@ def leaf_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
     """
     before, after = states(table)
     values = np.zeros(after.max() + 1)
-    values[after] = _mean(returns[table.rollout], after)
+    values[after] = _mean(np.repeat(returns, table.lengths), after)
     start = before[table.first]
     values[start] = _mean(returns, start)
-    return TreeValues(before=values[before], after=values[after], root=values[start][table.rollout])
+    return TreeValues(before=values[before], after=values[after], root=np.repeat(values[start], table.lengths))
 
 
 def child_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
@@ -92,22 +92,25 @@ def child_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
     V(leaf) = Rᵢ,    V(n) = mean of V over the children of n
     """
     before, after = states(table)
-    once = _once(after)
-    children = np.concatenate([once, table.last])  # turns by their number, then leaves: the ends of rollouts
+    once, leaves = _once(_first(after)), int(after.max()) + 1 + np.arange(table.num_rollouts)  # the ends of rollouts
+    children = np.concatenate([after[once], leaves])
     parents = np.concatenate([before[once], after[table.last]])
-    depth = np.concatenate([table.index[once], table.index[table.last] + 1])
-    counts, found = np.bincount(parents), np.zeros(len(children))
-    values, sums = np.zeros(after.max() + 1), np.zeros(len(counts))
-    low, high = np.full(len(counts), np.inf), np.full(len(counts), -np.inf)
-    found[len(once) :] = returns
+    depth = np.concatenate([table.index[once], table.lengths])
+    counts, values = np.bincount(parents), np.zeros(leaves[-1] + 1)
+    sums, low, high = np.zeros(len(counts)), np.full(len(counts), np.inf), np.full(len(counts), -np.inf)
+    values[leaves] = returns
     order = np.argsort((depth.max() - depth).astype(np.min_scalar_type(depth.max())), kind="stable")
     for level in np.split(order, np.flatnonzero(np.diff(depth[order])) + 1):  # the deepest first
-        turns, above = level[level < len(once)], parents[level]
-        found[turns] = values[after[once[turns]]]
-        for gather, into in ((np.add, sums), (np.minimum, low), (np.maximum, high)):
-            gather.at(into, above, found[level])
-        values[above] = np.clip(sums[above] / counts[above], low[above], high[above])  # exact where all are equal
-    return TreeValues(before=values[before], after=values[after], root=values[before[table.first]][table.rollout])
+        above, below = parents[level], values[children[level]]
+        values[above] = below  # right where a state has one child
+        several = counts[above] > 1
+        if several.any():
+            above, below = above[several], below[several]
+            for gather, into in ((np.add, sums), (np.minimum, low), (np.maximum, high)):
+                gather.at(into, above, below)
+            values[above] = np.clip(sums[above] / counts[above], low[above], high[above])  # exact where all are equal
+    root = np.repeat(values[before[table.first]], table.lengths)
+    return TreeValues(before=values[before], after=values[after], root=root)
 
 
 def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Stream:
@@ -116,19 +119,21 @@ def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float
     Raises ValueError where rollouts that share a turn do not agree in its value.
     """
     before, after = states(table)
-    once = _once(after)
-    at = np.zeros(after.max() + 1, dtype=np.int64)
-    at[after[once]] = np.arange(len(once))
-    at = at[after]  # of each turn, its place in `once`
-    odd = np.flatnonzero(values != values[once][at])
-    if len(odd):
-        row, other = int(odd[0]), int(once[at[odd[0]]])
+    first = _first(after)
+    odd = values != values[first]
+    if odd.any():
+        row, other = int(odd.argmax()), int(first[odd.argmax()])
         raise ValueError(
             f"rollouts that share a turn must agree in its reward; rows {other} and {row} share one and have "
             f"{values[other]} and {values[row]}; give them one reward or two nodes"
         )
-    found = z_stream(values[once], before[once], ddof=ddof, eps=eps)
-    return Stream(value=values, baseline=found.baseline[at], advantage=found.advantage[at])
+    once = _once(first)
+    siblings = once[(np.bincount(before[once]) > 1)[before[once]]]
+    baseline, advantage = values.copy(), np.zeros(len(values))
+    if len(siblings):
+        found = z_stream(values[siblings], before[siblings], ddof=ddof, eps=eps)
+        baseline[siblings], advantage[siblings] = found.baseline, found.advantage
+    return Stream(value=values, baseline=baseline[first], advantage=advantage[first])
 
 
 def mt_grpo_tree(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float = 1e-4) -> Credit:
@@ -227,8 +232,13 @@ def _mean(values: Turns, keys: TurnKeys) -> Turns:
     return np.where(varied(values, keys), group_mean(values, keys), values)
 
 
-def _once(after: TurnKeys) -> Once:
-    """The first row that leads to each state, by state."""
-    first = np.full(after.max() + 1, -1)
+def _first(after: TurnKeys) -> TurnKeys:
+    """At each row, the first row that leads to the same state."""
+    first = np.zeros(after.max() + 1, dtype=np.int64)
     first[after[::-1]] = np.arange(len(after))[::-1]  # of rows with the same state the last to be written stays
-    return first[first >= 0]
+    return first[after]
+
+
+def _once(first: TurnKeys) -> Once:
+    """The rows that are the first to lead to their state."""
+    return np.flatnonzero(first == np.arange(len(first)))
