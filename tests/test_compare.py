@@ -172,7 +172,7 @@ def test_a_run_of_other_options_is_not_taken_for_the_one_asked_for(tmp_path: Pat
     assert compare.run_one(config, 10)["seed"] == 0
     with pytest.raises(ConfigError, match=r"learning-rate must be that of the run in .*, 0\.0005; got 0\.01"):
         compare.run_one(dataclasses.replace(config, learning_rate=0.01), 10)
-    with pytest.raises(ConfigError, match="eval-size must be that of the finished run in .*, 10; got 20"):
+    with pytest.raises(ConfigError, match=r"eval-size must be that of the finished run in .*, 10; got 20"):
         compare.run_one(config, 20)
 
 
