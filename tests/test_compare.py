@@ -122,6 +122,16 @@ def test_every_method_and_seed_is_run_once_and_finished_runs_are_kept(tmp_path: 
     assert compare.run_one(TrainConfig(out=done), 10) == record("mt-grpo", 0, 0.5)
 
 
+def test_the_way_there_is_shown_by_steps() -> None:
+    found = result()
+    for run, level in zip(found["runs"], (0.25, 0.5, 1.0), strict=True):
+        run["curve"] = {"tool_execution": [level, level, 0.0], "exact_match": [0.0, 0.0, level]}
+    lines = compare.markdown(found).splitlines()
+    assert "| steps | 1-2 | 3 |" in lines
+    assert "| tool execution, GRPO-OR | 0.25 | 0.00 |" in lines
+    assert "| exact match, MT-GRPO | 0.00 | 0.75 |" in lines  # (0.5 + 1) / 2
+
+
 def searching(arm: str, seed: int, exact_match: list[float]) -> dict:
     """A run of ten steps under protocol `search`: a step more searches each, every other one useful."""
     curve = {"exact_match": exact_match, "searches": [1.0 + i for i in range(10)]}

@@ -380,6 +380,8 @@ _PROGRESS = (
     ("redundant", "redundant_searches"),
     ("exact match", "exact_match"),
 )
+EARLY_STEPS = (2, 4, 6, 8, 10, 15, 20, 30, 60, 100, 200)
+"""Where the columns of the table over steps end."""
 TENTH = 0.1
 COLLAPSED = 0.5
 """A run has collapsed where its last tenth answers less than this share of what its best tenth answered."""
@@ -405,7 +407,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         if raw is not None:
             lines += ["", f"The question itself as query: answer in results {raw:.3f}."]
         lines.append("")
-    lines += _progress(methods, runs)
+    lines += _early_steps(methods, runs) + _progress(methods, runs)
     lines += _collapses(runs)
     budget = result["config"].get("token_budget")
     length = f"{budget:,} sampled tokens" if budget else f"{result['config']['steps']} steps"
@@ -421,6 +423,29 @@ def _cell(evaluations: Sequence[Mapping[str, Any]], key: str) -> str:
     """Mean and range of a metric over evaluations that have it; a dash where none has."""
     found = [evaluation[key]["mean"] for evaluation in evaluations if key in evaluation]
     return _range(found) if found else "-"
+
+
+def _early_steps(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of what training rollouts did over the steps, the early ones closely, where runs have equally many."""
+    steps = {len(r["curve"]["tool_execution"]) for r in runs if "curve" in r}
+    if len(steps) != 1:
+        return []
+    ends = [*(edge for edge in EARLY_STEPS if edge < max(steps)), max(steps)]
+    starts = [1, *(end + 1 for end in ends[:-1])]
+    titles = [f"{first}-{end}" if first < end else str(end) for first, end in zip(starts, ends, strict=True)]
+    lines = [
+        "## training rollouts, by steps",
+        "",
+        "| steps | " + " | ".join(titles) + " |",
+        "|---|" + "---|" * len(ends),
+    ]
+    for title, key in (("tool execution", "tool_execution"), ("exact match", "exact_match")):
+        for method in methods:
+            curves = [r["curve"][key] for r in runs if r["arm"] == method]
+            parts = [[c for curve in curves for c in curve[a - 1 : b]] for a, b in zip(starts, ends, strict=True)]
+            means = [sum(known) / len(known) for part in parts if (known := [v for v in part if v is not None])]
+            lines.append(f"| {title}, {method.upper()} | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
+    return [*lines, ""]
 
 
 def _progress(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
