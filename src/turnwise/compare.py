@@ -427,8 +427,8 @@ def _cell(evaluations: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def _early_steps(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table of what training rollouts did over the steps, the early ones closely, where runs have equally many."""
-    steps = {len(r["curve"]["tool_execution"]) for r in runs if "curve" in r}
-    if len(steps) != 1:
+    steps = {len(r.get("curve", {}).get("tool_execution", ())) for r in runs}
+    if len(steps) != 1 or 0 in steps:
         return []
     ends = [*(edge for edge in EARLY_STEPS if edge < max(steps)), max(steps)]
     starts = [1, *(end + 1 for end in ends[:-1])]
