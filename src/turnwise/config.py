@@ -211,8 +211,8 @@ class TrainConfig:
             for name in _CRITIC_OPTIONS:
                 if getattr(self, name) != getattr(TrainConfig, name):
                     raise ConfigError(
-                        f"{name.replace('_', '-')} must go with a method that has a critic; got {self.estimator}; leave "
-                        f"it out, or take one of {', '.join(CRITIC_METHODS)}"
+                        f"{name.replace('_', '-')} must go with a method that has a critic; got {self.estimator}; "
+                        f"leave it out, or take one of {', '.join(CRITIC_METHODS)}"
                     )
 
     def _check_judge(self) -> None:
@@ -393,7 +393,10 @@ def config_from_dict(data: Mapping[str, Any], source: str) -> TrainConfig:
 
 
 def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
-    """An option out of a file: a path where it is one, a tuple for a list. ConfigError where it must be text and is not."""
+    """An option out of a file, with a path where it is one, and a tuple for a list.
+
+    Raises ConfigError where it must be text and is not.
+    """
     kinds = typing.get_args(kind) or (kind,)  # of str | None, of Literal["own", "shared"]
     text = Path in kinds or str in kinds or all(isinstance(choice, str) for choice in kinds)
     if text and not isinstance(value, str) and not (value is None and types.NoneType in kinds):
