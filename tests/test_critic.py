@@ -194,8 +194,8 @@ def test_a_value_gradient_that_is_not_finite_stops_the_run(policy: Policy):
     critic = make_critic(policy, "own")
     rows = valued_rows(policy, critic, [float("inf")])
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
+    config = TrainConfig(estimator="mt-ppo", critic_warmup_steps=1)
     with pytest.raises(RunError, match="lower --critic-learning-rate"):
-        config = TrainConfig(estimator="mt-ppo", critic_warmup_steps=1)
         update(policy, optimizer, rows, config, 0, critic=critic)
 
 
