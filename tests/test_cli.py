@@ -101,6 +101,13 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture):
     assert f"usage: turnwise {name}" in out
 
 
+def test_an_option_left_out_is_no_choice_to_name(capsys: pytest.CaptureFixture):
+    assert main(["eval", "somewhere", "--split", "foo"]) == 2
+    said = capsys.readouterr().err
+    assert all(f"'{split}'" in said for split in ("train", "validation", "test"))
+    assert "None" not in said
+
+
 def test_a_misspelt_command_is_told_the_nearest():
     assert "did you mean search" in one_line_error(turnwise("serch", "x"))
 
@@ -162,6 +169,16 @@ def test_a_closed_pipe_is_quiet():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("args", [["search", "Kenya"], ["--help"], ["credit", "--help"]])
+def test_a_full_disk_behind_the_output_is_one_line(args: list[str]):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "turnwise.cli", *args]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("turnwise: the output must have room; got No space left on device")
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_interruption_is_one_line_and_code_130(monkeypatch, capsys):
@@ -270,6 +287,32 @@ def test_a_split_that_a_file_does_not_have_is_refused(run: Path, capsys):
     assert "train or validation" in capsys.readouterr().err
 
 
+def test_eval_of_a_run_without_metrics_says_that_it_is_not_whole(run: Path, tmp_path: Path, capsys):
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert main(["eval", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "must be a run with metrics; it has a configuration but no metrics.jsonl" in said
+    assert f"turnwise train --resume --out {tmp_path}" in said
+
+
+def test_names_that_python_gives_are_checked_before_anything_is_read(run: Path, tasks: Path):
+    import turnwise as tw
+    from turnwise.errors import ConfigError, InputError
+
+    for options, words in (
+        ({"mode": "gredy"}, "mode must be a known name; got 'gredy'; did you mean greedy"),
+        ({"checkpoint": "lasst"}, "checkpoint must be a known name; got 'lasst'; did you mean last"),
+    ):
+        for call in (tw.evaluate, tw.rollouts):
+            with pytest.raises(ConfigError, match=words):
+                call("nowhere", **options)  # pyright: ignore
+    with pytest.raises(ConfigError, match="split must be a known name; got 'tset'; did you mean test"):
+        tw.evaluate("nowhere", split="tset")  # pyright: ignore
+    for call in (tw.evaluate, tw.rollouts):
+        with pytest.raises(InputError, match="tasks must be at least one; got none"):
+            call(run, [])
+
+
 def test_ask_shows_the_turns_or_that_they_were_cut_off(run: Path, capsys):
     assert main(["ask", str(run), "What is the capital of Kenya?"]) == 0
     out = capsys.readouterr().out
@@ -278,7 +321,9 @@ def test_ask_shows_the_turns_or_that_they_were_cut_off(run: Path, capsys):
 
 def test_ask_that_does_not_fit_the_context_is_one_line(run: Path, capsys):
     assert main(["ask", str(run), "why " * 2000]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("turnwise: the prompt")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("turnwise: the prompt")
+    assert said.endswith("shorten it, or take a policy with a longer context")
 
 
 def test_report_prints_the_table_and_writes_the_page(run: Path, capsys):

@@ -65,6 +65,21 @@ def test_paths_weights_and_names_survive_json():
         ("estimator", "vineppo", "vineppo needs values"),
         ("token_budget", 0, "token-budget must be >= 1; got 0"),
         ("token_budget", 1.5, "token-budget must be a whole number; got 1.5"),
+        ("gamma", 0.9, "gamma must go with a method that takes it; got mt-grpo; .* grpo-mr"),
+        ("critic", "shared", "critic must go with a method that has a critic; got mt-grpo"),
+        ("critic_learning_rate", 0.1, "critic-learning-rate must go with a method that has a critic; got mt-grpo"),
+        ("critic_warmup_steps", 3, "critic-warmup-steps must go with a method that has a critic"),
+        ("value_clip", 0.2, "value-clip must go with a method that has a critic"),
+        ("out", 5, "out in file must be a text; got 5; write it in quotes"),
+        ("out", None, "out in file must be a text; got None"),
+        ("tools", True, "tools in file must be a text; got True"),
+        ("tasks", 5, "tasks in file must be a text; got 5"),
+        ("corpus", ["a"], r"corpus in file must be a text; got \['a'\]"),
+        ("policy", 7, "policy in file must be a text; got 7"),
+        ("validation_tasks", 3, "validation_tasks in file must be a text; got 3"),
+        ("estimator", 1, "estimator in file must be a text; got 1"),
+        ("protocol", 1, "protocol in file must be a text; got 1"),
+        ("judge_url", 1, "judge_url in file must be a text; got 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_name_and_value(option: str, value: object, message: str):
@@ -89,6 +104,12 @@ def test_an_unknown_option_names_its_file_and_the_nearest():
         config_from_dict({"group_sise": 4}, "run.toml")
 
 
+def test_options_in_a_file_may_be_spelt_as_help_shows_them_but_once():
+    assert config_from_dict({"tasks-per-step": 8, "max_turns": 3}, "x") == TrainConfig(tasks_per_step=8, max_turns=3)
+    with pytest.raises(ConfigError, match="must come once; got tasks_per_step twice, as tasks-per-step too"):
+        config_from_dict({"tasks_per_step": 8, "tasks-per-step": 9}, "x")
+
+
 def test_option_files_are_toml_or_json_and_a_runs_own_counts(tmp_path):
     (tmp_path / "a.toml").write_text("steps = 3\n[reward_weights]\nexact_match = 1.0\n")
     (tmp_path / "config.json").write_text(json.dumps({"format": 1, "config": {"steps": 4}}))
@@ -102,6 +123,8 @@ def test_option_files_are_toml_or_json_and_a_runs_own_counts(tmp_path):
         ("a.toml", "steps = ", "must be TOML or JSON"),
         ("a.json", "{", "must be TOML or JSON"),
         ("a.json", "[1]", "must hold a table of options; got list"),
+        ("a.json", '{"config": 5}', r"config in .*a\.json must be a table of options; got 5"),
+        ("a.toml", "config = 5", r"config in .*a\.toml must be a table of options; got 5"),
     ],
 )
 def test_a_file_without_options_is_refused(tmp_path, name: str, text: str, message: str):

@@ -63,6 +63,11 @@ HOP = {
 }
 
 
+def squad(context: object = "It is one.", **question: object) -> dict:
+    asked = {"id": "s1", "question": "Which?", "answers": [{"text": "one"}], **question}
+    return {"data": [{"title": "T", "paragraphs": [{"context": context, "qas": [asked]}]}]}
+
+
 def source(folder: Path, data: object, name: str = "source.json") -> Path:
     path = folder / name
     path.write_text(json.dumps(data), encoding="utf-8")
@@ -162,6 +167,11 @@ def test_the_same_source_gives_the_same_bytes_compressed_or_not(tmp_path):
         ([{**WIKI, "answer": " "}], "auto", "'w1' has not"),
         ([{**WIKI, "context": [["It"]]}], "auto", "must be a hotpotqa file"),
         ([WIKI], "squad", "must be a squad file"),
+        (squad(context={"a": 1}), "auto", 'must be a squad file; {"a": 1} stands where a text must'),
+        (squad(context=None), "auto", "must be a squad file; null stands where a text must"),
+        (squad(id=["x"]), "auto", 'must be a squad file; ["x"] stands where a text must'),
+        (squad(question=5), "auto", "must be a squad file; 5 stands where a text must"),
+        ([{**WIKI, "type": {}}], "auto", "must be a hotpotqa file; {} stands where a text must"),
     ],
 )
 def test_a_source_that_does_not_fit_is_a_one_line_error_and_nothing_is_written(tmp_path, data, format, expected):
@@ -171,6 +181,22 @@ def test_a_source_that_does_not_fit_is_a_one_line_error_and_nothing_is_written(t
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_source_is_never_overwritten(tmp_path):
+    same = source(tmp_path, HOP, "same.jsonl")
+    with pytest.raises(InputError, match=r"must not replace its source; got .*same\.jsonl for both"):
+        convert(same, same)
+    packed = tmp_path / "x.corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(HOP).encode()))
+    with pytest.raises(InputError, match=r"must not replace its source; got .*x\.corpus\.jsonl\.gz for both"):
+        convert(packed, tmp_path / "x.jsonl")
+    assert convert(packed, tmp_path / "y.jsonl").tasks == convert(same, tmp_path / "z.jsonl").tasks == 1
+
+
+def test_an_id_that_is_a_whole_number_becomes_text(tmp_path):
+    assert convert(source(tmp_path, squad(id=5)), tmp_path / "t.jsonl").tasks == 1
+    assert [task.id for task in load_tasks(tmp_path / "t.jsonl")] == ["5"]
 
 
 def test_files_and_names_that_cannot_be_used_are_named(tmp_path):

@@ -142,7 +142,9 @@ def test_the_critic_learns_what_returns_depend_on(policy: Policy):
     critic = make_critic(policy, "own", learning_rate=3e-3)
     targets = [0.0, 1.0, 2.0, 0.5]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
-    config = TrainConfig(critic_learning_rate=3e-3, critic_warmup_steps=60, warmup_steps=0, minibatches=1)
+    config = TrainConfig(
+        estimator="mt-ppo", critic_learning_rate=3e-3, critic_warmup_steps=60, warmup_steps=0, minibatches=1
+    )
     before, explained = weights(policy.model), []
     for step in range(60):
         rows = valued_rows(policy, critic, targets)
@@ -192,8 +194,9 @@ def test_a_value_gradient_that_is_not_finite_stops_the_run(policy: Policy):
     critic = make_critic(policy, "own")
     rows = valued_rows(policy, critic, [float("inf")])
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
+    config = TrainConfig(estimator="mt-ppo", critic_warmup_steps=1)
     with pytest.raises(RunError, match="lower --critic-learning-rate"):
-        update(policy, optimizer, rows, TrainConfig(critic_warmup_steps=1), 0, critic=critic)
+        update(policy, optimizer, rows, config, 0, critic=critic)
 
 
 # ------------------------------------------------------------------------- values and the table

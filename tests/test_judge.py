@@ -639,7 +639,7 @@ def records(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_judged_run_learns_from_the_judge_and_reports_it(serve, options):
+def test_a_judged_run_learns_from_the_judge_and_reports_it(serve, options, capsys):
     judge = serve(scripted)
     result = train(**options, judge_url=judge.url)
     lines = records(result.out / "metrics.jsonl")
@@ -659,6 +659,9 @@ def test_a_judged_run_learns_from_the_judge_and_reports_it(serve, options):
     assert len(judge.requests) >= asked + 1  # the first, tiny one at least
     asked = len(judge.requests)
     assert evaluate(result.out, limit=2, judge=False).judge == {}
+    capsys.readouterr()
+    assert main(["eval", str(result.out), "--limit", "2"]) == 0
+    assert "\njudge: judged 2, absent 0, " in capsys.readouterr().out
     assert [r.outcome_rewards for [r] in rollouts(result.out, group_size=1)[:1]] == [{}]
     assert len(judge.requests) == asked
 
@@ -695,6 +698,17 @@ def test_an_unreachable_judge_is_one_line_before_training_starts(serve, options,
     assert said.startswith("turnwise: the judge must be reachable; m at http://127.0.0.1:")
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_eval_of_a_run_whose_judge_is_down_says_how_to_do_without(serve, options, tmp_path, capsys):
+    judge = serve(scripted)
+    result = train(**{**options, "steps": 1}, judge_url=judge.url)
+    config = json.loads((result.out / "config.json").read_text())
+    config["config"]["judge_url"] = "http://127.0.0.1:9/v1"  # the port where nobody listens
+    (result.out / "config.json").write_text(json.dumps(config))
+    assert main(["eval", str(result.out)]) == 2
+    assert "start it, or leave it out with --no-judge" in capsys.readouterr().err
+    assert main(["eval", str(result.out), "--no-judge"]) == 0
 
 
 def test_the_command_line_has_the_options(options, tmp_path, capsys):

@@ -318,6 +318,7 @@ def test_a_users_functions_are_components_of_weight_one(tmp_path: Path):
         ("def outcome_x(task, rollout): return None", "finite numbers; got None"),
         ("def outcome_x(task, rollout): return float('inf')", "finite numbers; got inf"),
         ("def outcome_x(task, rollout): return task.nothing", "got AttributeError: .* task kenya"),
+        ("def outcome_x(task, rollout): raise SystemExit(4)", "got SystemExit: 4 on task kenya"),
     ],
 )
 def test_a_users_function_that_misbehaves_is_named(tmp_path: Path, body: str, message: str):

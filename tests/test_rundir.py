@@ -143,6 +143,18 @@ def test_cutting_drops_later_steps_and_a_torn_last_line(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
+@pytest.mark.parametrize("line", ["5", "[]", '{"split": "train"}', '{"step": "1"}'])
+def test_a_line_that_is_no_record_of_a_step_is_named_before_a_run_goes_on(tmp_path, line: str):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n' + line + "\n")
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl:2 must hold a JSON object with a step; got .*; repair"
+    ) as caught:
+        cut_lines(file, after_step=2)
+    one_line(caught)
+    assert file.read_text().endswith(line + "\n")
+
+
 # -------------------------------------------------------------------------------- checkpoints
 
 
@@ -156,9 +168,13 @@ def trained(bpe_chat):
     return policy, optimizer
 
 
+STATE = {"best": 0.5, "wall_s": 1.0, "validation": {}}
+"""What a checkpoint must hold besides its step."""
+
+
 def test_a_checkpoint_brings_back_weights_optimiser_and_state(trained, tmp_path):
     policy, optimizer = trained
-    folder = save_checkpoint(tmp_path, 20, policy, optimizer, {"best": 0.5})
+    folder = save_checkpoint(tmp_path, 20, policy, optimizer, STATE)
     found, state = latest_checkpoint(tmp_path)
     assert (found, state["step"], state["best"], state["format"]) == (folder, 20, 0.5, FORMAT)
     again = load_policy(found)
@@ -176,22 +192,22 @@ def test_a_checkpoint_brings_back_weights_optimiser_and_state(trained, tmp_path)
 def test_an_optimiser_without_state_is_a_checkpoint_too(trained, tmp_path):
     policy, _ = trained
     unused = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
-    folder = save_checkpoint(tmp_path, 1, policy, unused, {})
+    folder = save_checkpoint(tmp_path, 1, policy, unused, STATE)
     load_optimizer(unused, folder)
     assert unused.state_dict()["state"] == {}
 
 
 def test_only_the_newest_checkpoints_are_kept(trained, tmp_path):
     for step in range(1, KEPT_CHECKPOINTS + 3):
-        save_checkpoint(tmp_path, step, *trained, {})
+        save_checkpoint(tmp_path, step, *trained, STATE)
     kept = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step-{step:06d}" for step in (3, 4)]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json", "tokenizer.json"])
 def test_a_changed_file_makes_the_older_checkpoint_count(trained, tmp_path, name: str):
-    save_checkpoint(tmp_path, 1, *trained, {})
-    save_checkpoint(tmp_path, 2, *trained, {})
+    save_checkpoint(tmp_path, 1, *trained, STATE)
+    save_checkpoint(tmp_path, 2, *trained, STATE)
     file = checkpoint_folder(tmp_path, 2) / name
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -205,11 +221,22 @@ def test_a_changed_file_makes_the_older_checkpoint_count(trained, tmp_path, name
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "sha256": {}}', '{"format": 1, "sha256": 3}'])
 def test_where_no_checkpoint_is_whole_the_damaged_ones_are_named(trained, tmp_path, text: str):
-    save_checkpoint(tmp_path, 2, *trained, {})
+    save_checkpoint(tmp_path, 2, *trained, STATE)
     (checkpoint_folder(tmp_path, 2) / "state.json").write_text(text)
     with pytest.raises(RunError, match="must hold a whole checkpoint; damaged: step-000002") as caught:
         latest_checkpoint(tmp_path)
     one_line(caught)
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_a_state_that_lacks_what_training_goes_on_with_is_damage(trained, tmp_path, name: str):
+    save_checkpoint(tmp_path, 1, *trained, STATE)
+    save_checkpoint(tmp_path, 2, *trained, {n: value for n, value in STATE.items() if n != name})
+    with pytest.warns(UserWarning, match=rf"step-000002 \(KeyError: '{name}'\); step-000001 is whole"):
+        assert latest_checkpoint(tmp_path)[1]["step"] == 1
+    save_checkpoint(tmp_path, 2, *trained, {**STATE, name: "x"})
+    with pytest.warns(UserWarning, match=rf"step-000002 \(its {name} is 'x'\)"):
+        latest_checkpoint(tmp_path)
 
 
 def test_a_run_without_checkpoints_says_so(tmp_path):
@@ -218,16 +245,16 @@ def test_a_run_without_checkpoints_says_so(tmp_path):
 
 
 def test_a_disk_that_fills_up_while_saving_keeps_the_last_checkpoint(trained, tmp_path):
-    save_checkpoint(tmp_path, 1, *trained, {})
+    save_checkpoint(tmp_path, 1, *trained, STATE)
     save_best(tmp_path, trained[0])
     with files_of_at_most(4096), pytest.raises(RunError, match="must be writable and have room") as caught:
-        save_checkpoint(tmp_path, 2, *trained, {})
+        save_checkpoint(tmp_path, 2, *trained, STATE)
     one_line(caught)
     with files_of_at_most(4096), pytest.raises(RunError):
         save_best(tmp_path, trained[0])
     assert latest_checkpoint(tmp_path)[1]["step"] == 1
     assert load_policy(tmp_path / "best").context == 1024
-    save_checkpoint(tmp_path, 2, *trained, {})
+    save_checkpoint(tmp_path, 2, *trained, STATE)
     assert latest_checkpoint(tmp_path)[1]["step"] == 2
 
 

@@ -109,6 +109,17 @@ def test_a_missing_corpus_is_refused_at_once_and_an_empty_one_on_reading(tmp_pat
         list(load_corpus(tmp_path / "c.jsonl"))
 
 
+def test_a_folder_named_like_a_text_is_no_text_and_a_link_to_nothing_is_named(tmp_path):
+    texts = tmp_path / "texts"
+    (texts / "more.txt").mkdir(parents=True)
+    (texts / "more.txt/a.md").write_text("Lake Turkana is salty.")
+    assert [a.id for a in load_corpus(texts)] == ["more.txt/a.md#0"]
+    (texts / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    for reader in (load_corpus, open_index):
+        with pytest.raises(InputError, match=r"gone\.txt must be a text file; it is a link to nothing"):
+            reader(texts)
+
+
 def test_a_folder_gives_titled_passages_of_its_text_files(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -478,6 +489,7 @@ def test_search_and_health_answer_get(url):
         ("/search", None, 400),
         ("/search?q=x&k=0", None, 400),
         ("/search?q=x&k=many", None, 400),
+        ("/search?q=x&k=" + "9" * 5000, None, 400),
         ("/search?q=x", {}, 405),
         ("/nowhere", None, 404),
         ("/nowhere", {}, 404),
@@ -491,7 +503,7 @@ def test_a_malformed_request_is_refused_with_a_reason(url, path, body, status):
 
 
 def test_a_body_that_is_too_large_or_of_no_length_is_not_read(url):
-    for header, status in (("1000001", 413), ("many", 400)):
+    for header, status in (("1000001", 413), ("9" * 5000, 413), ("many", 400)):
         connection = http.client.HTTPConnection(url.removeprefix("http://"))
         connection.putrequest("POST", "/retrieve")
         connection.putheader("Content-Length", header)
@@ -500,10 +512,29 @@ def test_a_body_that_is_too_large_or_of_no_length_is_not_read(url):
             assert connection.getresponse().status == status
 
 
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("GET", {"Content-Length": "3"}, 200),
+        ("GET", {"Transfer-Encoding": "chunked"}, 200),
+        ("POST", {"Transfer-Encoding": "chunked", "Content-Length": "3"}, 400),
+    ],
+)
+def test_a_body_that_is_not_read_ends_the_connection(url, method, headers, status):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    with contextlib.closing(connection):
+        connection.request(method, "/health", headers=headers)
+        response = connection.getresponse()
+        assert (response.status, response.getheader("Connection")) == (status, "close")
+
+
 def test_a_port_that_is_taken_or_impossible_is_refused(url):
     port = int(url.rsplit(":", 1)[1])
     with pytest.raises(RunError, match="choose another port"):
         serve_search(SearchIndex(WORLD), port=port)
+    for host in ("999.1.1.1", "a..b"):
+        with pytest.raises(RunError, match=f"able to listen on {host}:0; got .*; choose another host"):
+            search_server(SearchIndex(WORLD), host=host, port=0)
     with pytest.raises(ConfigError, match="port must be between"):
         search_server(SearchIndex(WORLD), port=70000)
     with pytest.raises(ConfigError, match="k must be between"):

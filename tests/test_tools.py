@@ -1,6 +1,7 @@
 """Tools: schemas from signatures, argument checks, failures as observations, tools from a file."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -50,6 +51,8 @@ def failing(kind: str) -> str:
     """Fails in the way that is asked for."""
     if kind == "tool":
         raise ToolError("the index has no such page")
+    if kind == "exit":
+        sys.exit(3)
     if kind == "text":
         return "Error: no such page"  # a text that a tool returns is no failure
     raise KeyError(kind)
@@ -256,6 +259,11 @@ def test_exceptions_are_results_and_only_they_are_failures():
     assert called("failing", kind="text").error is None
 
 
+def test_a_tool_that_exits_has_failed_and_ends_nothing_else():
+    assert called("failing", kind="exit").text == "Error: SystemExit: 3"
+    assert called("failing", kind="exit").error == "exception"
+
+
 def test_long_results_and_long_errors_are_cut_at_a_word():
     def echo(text: str) -> str:
         """The text."""
@@ -346,6 +354,7 @@ def test_a_file_may_import_its_neighbours(tmp_path: Path):
         ("def f(:\n", InputError, "must be valid Python; line 1: "),
         ("x = 1\n\nimport no_such_module_here\n", InputError, "got ModuleNotFoundError: No module"),
         ("raise ValueError('two\\nlines')\n", InputError, "got ValueError: two lines;"),
+        ("import sys\nsys.exit(5)\n", InputError, "must run without error; got SystemExit: 5;"),
         ("x = 1\n", ConfigError, "must define at least one tool"),
         ("TOOLS = []\n", ConfigError, "must define at least one tool"),
         ("TOOLS = 3\n", ConfigError, "must be a list; got int"),

@@ -9,7 +9,7 @@ from numpy.testing import assert_array_equal
 
 from report_runs import write_run
 from turnwise.errors import InputError
-from turnwise.traces import read_traces, traces_table
+from turnwise.traces import lacking, read_traces, traces_table
 
 PLAIN = [
     {
@@ -65,6 +65,31 @@ def test_a_runs_own_rollouts_are_read_as_they_are(tmp_path: Path):
         assert table.outcome_reward()[i] == pytest.approx(sum(line["rollout"]["outcome_rewards"].values()))
     same = {(line["step"], line["rollout"]["group"]) for line in lines}
     assert len(np.unique(table.group)) == len(same)
+
+
+def test_a_runs_values_of_tokens_are_cut_into_its_turns(tmp_path: Path):
+    run = write_run(tmp_path / "run", estimator="mt-ppo", seed=0)
+    line = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    counts = [len(turn["action_ids"]) for turn in line["rollout"]["turns"]]
+    line |= {"token_values": [*range(sum(counts))], "baselines": {"value": [7.0 + k for k in range(len(counts))]}}
+    (trace,) = read_traces(written(tmp_path, line))
+    assert [turn.token_values[0] for turn in trace.turns] == [sum(counts[:k]) for k in range(len(counts))]
+    assert [len(turn.token_values) for turn in trace.turns] == counts
+    assert [turn.value for turn in trace.turns] == [7.0 + k for k in range(len(counts))]
+    assert lacking("mt-ppo", [trace]) == lacking("vetta", [trace]) == lacking("turn-ppo", [trace]) == []
+    for wrong in (line["token_values"][1:], [*line["token_values"][1:], "x"], 3):
+        with pytest.raises(InputError, match="jsonl:1: token_values must be"):
+            read_traces(written(tmp_path, {**line, "token_values": wrong}))
+
+
+def test_a_half_written_last_line_is_skipped_and_one_elsewhere_refused(tmp_path: Path):
+    whole = {"group": "q", "turns": [{}]}
+    with pytest.warns(UserWarning, match=r"rollouts\.jsonl:2: a half-written last line was skipped"):
+        assert len(read_traces(written(tmp_path, whole, '{"group": "q", "tu'))) == 1
+    with pytest.raises(InputError, match="jsonl:2: each line must be one JSON object"):
+        read_traces(written(tmp_path, whole, '{"group": "q", "tu', whole))
+    with pytest.raises(InputError, match="jsonl:2: each line must be one JSON object; got 5"):
+        read_traces(written(tmp_path, whole, "5"))
 
 
 @pytest.mark.parametrize(

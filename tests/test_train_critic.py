@@ -13,6 +13,7 @@ from turnwise.config import CRITIC_METHODS
 from turnwise.credit import TOKEN_ESTIMATORS
 from turnwise.report import load_run, write_report
 from turnwise.rundir import checkpoint_folder
+from turnwise.traces import lacking, read_traces, traces_credit, traces_table
 from turnwise.training import train
 
 TIMES = ("tokens_per_s", "rollout_s", "update_s")
@@ -132,13 +133,23 @@ def test_every_method_trains_the_embedded_policy_and_is_reported(quick: dict, tm
             lengths = [len(turn["action_ids"]) for turn in turns]
             by_turn = np.split(record["token_advantages"], np.cumsum(lengths)[:-1])
             np.testing.assert_allclose([x.mean() for x in by_turn], record["advantages"], atol=1e-4)
+            assert len(record["token_values"]) == sum(lengths)
+            if estimator != "vetta":  # which values turns by a head of its own
+                firsts = [x[0] for x in np.split(record["token_values"], np.cumsum(lengths)[:-1])]
+                np.testing.assert_allclose(firsts, record["baselines"]["value"], atol=1e-5)
+        else:
+            assert "token_values" not in record, "whose critic has targets at the turns' first tokens alone"
+    traces = read_traces(out / "rollouts.jsonl")
+    assert lacking(estimator, traces) == []
+    assert np.isfinite(traces_credit(estimator, traces, traces_table(traces))).all()
     page = write_report([load_run(out)], out / "report.html")
     assert estimator in Path(page).read_text()
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "turn-mean", "constant"])
 def test_the_first_pass_is_on_policy_whatever_a_token_weighs(world: dict, tmp_path: Path, aggregation: str):
-    options = {**world, "steps": 1, "minibatches": 1, "estimator": "mt-grpo", "aggregation": aggregation}
+    options = {**world, "steps": 1, "minibatches": 1, "estimator": "mt-grpo", "critic_warmup_steps": 0}
+    options["aggregation"] = aggregation
     train(**options, out=tmp_path / "run")
     [step] = of_training(tmp_path / "run")
     assert step["policy_shift"] < 1e-6

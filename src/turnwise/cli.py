@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import itertools
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 and the signal's number."""
 BROKEN_PIPE = 141
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a full disk says; files of ours have errors of ours, so these are of stdout."""
 SHOWN_METHODS = ("grpo-or", "grpo-mr", "mt-grpo", "turn-rloo")
 """What `turnwise credit` prints unless told otherwise: as many as fit a line."""
 WARMUPS = ("tools", "search")
@@ -49,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:  # the interpreter flushes once more when it ends
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
@@ -62,6 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ours is None:
             raise
         return _failed(str(ours), 2)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _drop_output()
+        return _failed(f"the output must have room; got {error.strerror}; free space, or write it elsewhere", 2)
+
+
+def _drop_output() -> None:
+    """What is still to be written to stdout goes nowhere: the interpreter flushes once more when it ends."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def run_command(args: list[str]) -> int:
@@ -101,6 +114,7 @@ def _unboxed(text: str, command: str) -> str:
     ruled = [line if line.strip("─-") else "" for line in lines]
     after_title = itertools.dropwhile(lambda line: not line, ruled[1:])
     fault = " ".join(itertools.takewhile(bool, after_title))
+    fault = re.sub(r"'None', |, 'None'(?=\))", "", fault).rstrip(".")  # an option left out is no choice to name
     options = dict.fromkeys(re.findall(r"^--[a-z][\w.-]*", "\n".join(lines), flags=re.MULTILINE))
     meant = f"; perhaps {' or '.join(list(options)[:3])}" if options and "perhaps" in text.lower() else ""
     return f"{fault}{meant}; `turnwise {command} --help` shows the options"
@@ -456,7 +470,8 @@ def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
     title = f"{run} on {evaluation.name}, {evaluation.mode}: per cent, 95 % interval below"
     _console().print(evaluation_table(title, evaluation_to_dict(evaluation)))
     if evaluation.judge:
-        print("judge: " + ", ".join(f"{name} {value:.4g}" for name, value in evaluation.judge.items()))
+        numbers = {name.removeprefix("judge/"): value for name, value in evaluation.judge.items()}
+        print("judge: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
     failed = [rollout for _, rollout in evaluation.records if rollout.stop == "error"]
     if failed:
         total = len(evaluation.records)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,10 +168,10 @@ class TrainConfig:
             _check_number(name, getattr(self, name), low, high)
         _check_tree(self.branches, self.max_turns, self.ratio)
         _check_estimator(self.estimator, branching=bool(self.branches))
-        self._check_critic()
         for option, value, known in (("aggregation", self.aggregation, AGGREGATIONS), ("critic", self.critic, CRITICS)):
             if value not in known:
                 raise unknown_name(option, value, known)
+        self._check_critic()
         if self.exact_match not in EXACT_MATCHES:
             raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
         if self.ratio not in RATIOS:
@@ -208,12 +210,17 @@ class TrainConfig:
             _check_number("lam", self.lam, 0, 1)
         if self.whiten is not None and not isinstance(self.whiten, bool):
             raise ConfigError(f"whiten must be true or false; got {self.whiten!r}; give one, or leave it out")
+        if self.gamma is not None and self.estimator not in DISCOUNTED:
+            raise ConfigError(
+                f"gamma must go with a method that takes it; got {self.estimator}; leave it out, or take one of "
+                f"{', '.join(DISCOUNTED)}"
+            )
         if self.estimator not in CRITIC_METHODS:
-            for name in ("lam", "whiten"):
-                if getattr(self, name) is not None:
+            for name in _CRITIC_OPTIONS:
+                if getattr(self, name) != getattr(TrainConfig, name):
                     raise ConfigError(
-                        f"{name} must go with a method that has a critic; got {self.estimator}; leave it out, or take "
-                        f"one of {', '.join(CRITIC_METHODS)}"
+                        f"{name.replace('_', '-')} must go with a method that has a critic; got {self.estimator}; "
+                        f"leave it out, or take one of {', '.join(CRITIC_METHODS)}"
                     )
 
     def _check_judge(self) -> None:
@@ -321,6 +328,8 @@ def _check_weights(weights: Any) -> None:
             raise ConfigError(f"reward-weights must be finite; {name} is {weight!r}; give a number")
 
 
+_CRITIC_OPTIONS = ("lam", "whiten", "critic", "critic_learning_rate", "critic_warmup_steps", "value_clip")
+"""The options that mean nothing without a critic."""
 _JUDGE_OPTIONS = ("judge_model", "judge_key_env", "judge_rubric", "judge_outcome_rubric", "judge_cache")
 """The options that mean nothing without a judge's URL."""
 _INF = math.inf
@@ -372,21 +381,37 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def config_from_dict(data: Mapping[str, Any], source: str) -> TrainConfig:
-    """The configuration that `config_to_dict` wrote. Raises ConfigError for unknown or ill-typed entries."""
-    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    """The configuration that `config_to_dict` wrote, or a file's options, spelt with `_` or `-`.
+
+    Raises ConfigError for unknown or ill-typed entries.
+    """
+    fields = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
     values: dict[str, Any] = {}
-    for name, value in data.items():
+    for given, value in data.items():
+        name = given.replace("-", "_")
         if name not in fields:
             raise unknown_name(f"an option in {source}", name, fields)
-        if fields[name].type in (Path, Path | None) and value is not None:
-            value = Path(value)
-        elif name == "branches" and isinstance(value, list):  # a tuple, before JSON or TOML
-            value = tuple(value)
-        values[name] = value
+        if name in values:
+            raise ConfigError(f"an option in {source} must come once; got {name} twice, as {given} too; delete one")
+        values[name] = _read_value(given, value, fields[name], source)
     try:
         return TrainConfig(**values)
     except TypeError as error:
         raise ConfigError(f"options in {source} must have the types of the command line's; got {error}") from error
+
+
+def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
+    """An option out of a file, with a path where it is one, and a tuple for a list.
+
+    Raises ConfigError where it must be text and is not.
+    """
+    kinds = typing.get_args(kind) or (kind,)  # of str | None, of Literal["own", "shared"]
+    text = Path in kinds or str in kinds or all(isinstance(choice, str) for choice in kinds)
+    if text and not isinstance(value, str) and not (value is None and types.NoneType in kinds):
+        raise ConfigError(f"{name} in {source} must be a text; got {value!r}; write it in quotes")
+    if Path in kinds and value is not None:
+        return Path(value)
+    return tuple(value) if name == "branches" and isinstance(value, list) else value
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -402,4 +427,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} must be TOML or JSON; it cannot be read ({error})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} must hold a table of options; got {type(data).__name__}; write name and value pairs")
-    return data.get("config", data)
+    options = data.get("config", data)
+    if not isinstance(options, dict):
+        raise InputError(f"config in {path} must be a table of options; got {options!r}; write name and value pairs")
+    return options

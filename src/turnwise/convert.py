@@ -46,7 +46,7 @@ def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"
     A task's metadata has under `articles` the ids, in that corpus, of the passages that hold its answer.
     `out` ends in `.jsonl` or `.jsonl.gz`; of `x.jsonl` the corpus is `x.corpus.jsonl.gz`. The same
     source gives the same bytes. Raises InputError where the source is not of the format or has a
-    question without answers that is not marked as unanswerable, RunError where `out` cannot be
+    question without answers that is not marked as unanswerable, or would be overwritten, RunError where `out` cannot be
     written; each file appears complete or not at all.
     """
     source, out = Path(source), Path(out)
@@ -57,7 +57,7 @@ def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"
     if kind not in _READERS:
         raise unknown_name("the format of a question set", kind, ("auto", *_READERS))
     try:
-        found = [*_READERS[kind](data)]
+        found = [*map(_of_texts, _READERS[kind](data))]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(_not_of_format(source, kind, error)) from error
     ids: dict[Passage, str] = {}
@@ -66,6 +66,9 @@ def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"
     tasks = [_with_articles(task, gold, ids) for task, _, gold in found if task]
     _check_tasks(tasks, source)
     corpus = out.with_name(f"{out.name.split('.jsonl')[0]}.corpus.jsonl.gz") if ids else None
+    for path in filter(None, (out, corpus)):
+        if path.exists() and path.samefile(source):
+            raise InputError(f"what is written must not replace its source; got {path} for both; choose another name")
     if corpus:
         _write_lines(corpus, map(_article_line, ids.items()))
     _write_lines(out, map(task_line, tasks))
@@ -84,6 +87,18 @@ def convert(source: str | Path, out: str | Path, format: Format | Literal["auto"
 Question = tuple[Task | None, list[Passage], list[Passage]]
 """A task, or None where the question is marked as unanswerable; the passages it came with; those of them
 that hold its answer, for several hops in their order where the file tells it, and none where one is missing."""
+
+
+def _of_texts(question: Question) -> Question:
+    """The question, with a whole number as id made text. TypeError where anything else that must be text is not."""
+    task, passages, gold = question
+    if task and type(task.id) is int:
+        task = dataclasses.replace(task, id=str(task.id))
+    own = (task.id, task.question, task.kind) if task else ()
+    for text in (*own, *(text for passage in passages for text in passage)):
+        if not isinstance(text, str):
+            raise TypeError(f"{shown(text)} stands where a text must")
+    return task, passages, gold
 
 
 def _triviaqa(data: Any) -> Iterator[Question]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from turnwise.config import ATLAS_HOPS, TrainConfig, without_judge
 from turnwise.cores import in_parallel, parts_at_once
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
-from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.protocols import ProtocolName, protocol_named
@@ -237,6 +237,7 @@ def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
 # --- a run or a checkpoint, played ------------------------------------------------------------------
 
 Checkpoint = Literal["best", "last"]
+_NAMES = {"mode": get_args(Mode), "checkpoint": get_args(Checkpoint), "split": get_args(atlas.Split)}
 
 
 def evaluate(
@@ -258,11 +259,12 @@ def evaluate(
     `split` chooses (by default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced.
     A run's judge is asked too, unless `judge` is False. Raises RunError where every rollout failed.
     """
+    _check_names(mode=mode, checkpoint=checkpoint, split=split)
     policy, config = run_policy(run, checkpoint)
     if not judge:
         config = without_judge(config)
     if config.judge:
-        check_judge(config.judge)
+        check_judge(config.judge, "leave it out with --no-judge (in Python judge=False)")
     chosen, called = _chosen_tasks(config, tasks, split)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be >= 1; got {limit}; leave it out to play every question")
@@ -294,6 +296,7 @@ def rollouts(
     """
     if group_size < 1:
         raise ConfigError(f"group_size must be >= 1; got {group_size}; give the number of rollouts per task")
+    _check_names(mode=mode, checkpoint=checkpoint)
     policy, config = run_policy(run, checkpoint)
     config = without_judge(dataclasses.replace(config, **options))
     setting = _setting(config, _chosen_tasks(config, tasks, None)[0])
@@ -315,6 +318,13 @@ def rollouts(
     ]
 
 
+def _check_names(**given: str | None) -> None:
+    """Raises ConfigError for an option that is none of the names that it can be; None is no choice."""
+    for option, name in given.items():
+        if name is not None and name not in _NAMES[option]:
+            raise unknown_name(option, name, _NAMES[option])
+
+
 def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy, TrainConfig]:
     """A run's policy and configuration.
 
@@ -322,6 +332,7 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     default one; of "embedded-search", that of an agent that searches several times. Raises InputError or RunError where
     there is no such run or it has no such checkpoint.
     """
+    _check_names(checkpoint=checkpoint)
     folder = Path(run)
     if str(run) in EMBEDDED:
         search = TrainConfig(protocol="search", tasks="atlas-two-hop", max_turns=SEARCH_TURNS)
@@ -336,6 +347,11 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
         best = checkpoint == "best" and (folder / "best").is_dir()
         source = folder / "best" if best else latest_checkpoint(folder)[0]
         return load_policy(source), read_config(folder)
+    if _is_begun(folder):
+        raise RunError(
+            f"{run} must be a run with metrics; it has a configuration but no metrics.jsonl, as its training stopped "
+            f"before the first validation, or the file is lost; train it: turnwise train --resume --out {run}"
+        )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
     return load_policy(folder), read_config(above[0]) if above else TrainConfig()
 
@@ -343,6 +359,15 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run directory; a checkpoint has a config.json too, but no metrics."""
     return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether the config.json of a folder is a run's, and not a model's."""
+    try:
+        read_config(folder)
+    except TurnwiseError:
+        return False
+    return True
 
 
 def write_evaluation(run: Path, evaluation: Evaluation) -> Path:
@@ -377,6 +402,8 @@ def _chosen_tasks(
         return (setting.train, "train") if split == "train" else (setting.validation, "validation")
     tasks = config.tasks if tasks is None else tasks
     if not isinstance(tasks, str | Path):
+        if not tasks:
+            raise InputError("tasks must be at least one; got none; give questions, or leave tasks out for the run's")
         return tasks, "tasks"
     hops = ATLAS_HOPS.get(str(tasks))
     if hops:

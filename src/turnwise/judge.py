@@ -225,15 +225,17 @@ def _turn_gaps(rollout: Rollout, judgement: Judgement) -> list[float]:
     return [abs(score - sum(paid)) for score, paid in zip(scores, rewards, strict=False) if paid]
 
 
-def check_judge(config: JudgeConfig) -> None:
-    """One tiny request. Raises ConfigError where the endpoint does not answer it, before any work is done."""
+def check_judge(config: JudgeConfig, remedy: str = "correct judge-url, judge-model and judge-key-env") -> None:
+    """One tiny request. Raises ConfigError where the endpoint does not answer it, before any work is done.
+
+    `remedy` is what its message advises, besides starting the judge.
+    """
     client = _Client(config)
     try:
         client.complete([{"role": "user", "content": "Reply with the word ready."}], max_tokens=16)
     except _Failed as failure:
         raise ConfigError(
-            f"the judge must be reachable; {config.model} at {config.url} is not ({failure}); start it, or correct "
-            "judge-url, judge-model and judge-key-env"
+            f"the judge must be reachable; {config.model} at {config.url} is not ({failure}); start it, or {remedy}"
         ) from failure
 
 

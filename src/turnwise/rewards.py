@@ -302,7 +302,7 @@ def _outcome_value(name: str, function: RewardFunction, task: Task, rollout: Rol
 def _called(name: str, function: RewardFunction, task: Task, rollout: Rollout) -> Any:
     try:
         return function(task, rollout)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         raise InputError(
             f"reward function {name} must not fail; got {type(error).__name__}: {text} on task "

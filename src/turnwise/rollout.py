@@ -83,8 +83,8 @@ class _Player:
         if len(prompt) + self.limits.max_turn_tokens > self.limits.context:
             raise InputError(
                 f"the prompt of task {self.task.id!r} must leave room for a turn of {self.limits.max_turn_tokens} "
-                f"tokens in a context of {self.limits.context}; it has {len(prompt)} tokens; shorten it, or lower "
-                "max_turn_tokens"
+                f"tokens in a context of {self.limits.context}; it has {len(prompt)} tokens; shorten it, or take "
+                "a policy with a longer context"
             )
         return _Line(environment=environment, prompt=prompt, seed=seed)
 

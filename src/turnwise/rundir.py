@@ -33,6 +33,13 @@ from turnwise.errors import RunError
 from turnwise.policy import Policy, save_policy
 
 FORMAT = 1
+STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "step": int,
+    "best": (int, float),
+    "wall_s": (int, float),
+    "validation": dict,
+}
+"""What a checkpoint's state must hold for training to go on."""
 KEPT_CHECKPOINTS = 2
 OPTIMIZER, CRITIC, CRITIC_OPTIMIZER = (f"{name}.safetensors" for name in ("optimizer", "critic", "critic_optimizer"))
 
@@ -122,15 +129,22 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def cut_lines(path: Path, *, after_step: int) -> None:
-    """Drops the records of later steps, and a half-written last line, before a run is continued."""
+    """Drops the records of later steps, and half-written lines, before a run is continued.
+
+    Raises RunError for a line that is JSON but no record of a step.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         try:
             record = json.loads(line)
         except ValueError:
             continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise RunError(
+                f"{path}:{number} must hold a JSON object with a step; got {line[:60]}; repair or delete the line"
+            )
         if record["step"] <= after_step:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
@@ -207,6 +221,9 @@ def _checkpoint_state(folder: Path) -> tuple[str, dict[str, Any] | None]:
         for name, expected in state["sha256"].items():
             if _checksum(folder / name) != expected:
                 return f"{name} has changed", None
+        for name, kind in STATE_FIELDS.items():
+            if not isinstance(state[name], kind):
+                return f"its {name} is {state[name]!r}", None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}", None
     return "", state

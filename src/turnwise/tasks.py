@@ -57,12 +57,13 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
     empty = True
     for number, text in read_lines(path):
         empty = False
-        yield number, _record(f"{path}:{number}", text)
+        yield number, record_of_line(f"{path}:{number}", text)
     if empty:
         raise InputError(f"{path} must hold one JSON object a line; it is empty; fill the file")
 
 
-def _record(where: str, text: str) -> Record:
+def record_of_line(where: str, text: str) -> Record:
+    """The JSON object of a line; `where` begins the text of an InputError."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

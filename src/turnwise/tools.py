@@ -203,7 +203,7 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:
         text, error = capped(_encodable(_text(value)), found.result_cap), None
     except ToolError as raised:
         text, error = str(raised), "exception"
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:  # a tool that calls exit() has failed; it must not end the training
         text, error = f"{type(raised).__name__}: {raised}", "exception"
     duration = time.perf_counter() - start
     if error:
@@ -364,7 +364,7 @@ def load_module(path: str | Path) -> types.ModuleType:
         exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     except SyntaxError as error:
         raise InputError(f"{path} must be valid Python; line {error.lineno}: {error.msg}; correct the file") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         raise InputError(
             f"{path} must run without error; got {type(error).__name__}: {text}; correct the file"

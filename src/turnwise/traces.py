@@ -11,8 +11,10 @@ of a tree share). A rollout may have `id` and `bootstrap` (the value of the stat
 rollouts.jsonl is read as it is.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import numpy as np
 from turnwise.credit import ESTIMATORS, NEEDS, TOKEN_ESTIMATORS, TokenTable, TurnTable, turn_means, turn_table
 from turnwise.credit.table import LARGEST, Turns
 from turnwise.errors import InputError
-from turnwise.tasks import read_records
+from turnwise.tasks import Record, read_lines, record_of_line
 
 TURN_FIELDS = ("rewards", "text", "tokens", "value", "token_values", "anchor", "node")
 ROLLOUT_FIELDS = ("group", "id", "turns", "outcome", "bootstrap")
@@ -55,13 +57,37 @@ class Trace:
 def read_traces(path: Path) -> list[Trace]:
     """The rollouts of a file, in its order.
 
-    Raises InputError, with line and field, for a file that cannot be read, holds no rollout, or holds something else.
+    Raises InputError, with line and field, for a file that cannot be read, holds no rollout, or holds something else. A
+    last line that a killed run left half-written is skipped with a warning.
     """
     traces = []
-    for number, record in read_records(path):
+    for number, record in _whole_records(path):
         place = f"{path.name}:{number}"
         traces.append(_of_run(record, place) if "rollout" in record else _trace(record, place))
     return traces
+
+
+def _whole_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The numbered JSON objects of a file without a last line that is no JSON, where others stand before it."""
+    torn, found = None, False
+    for number, text in read_lines(path):
+        if torn:
+            raise torn[1]
+        try:
+            record = record_of_line(f"{path}:{number}", text)
+        except InputError as error:
+            if error.__cause__ is None:  # JSON, but no object
+                raise
+            torn = number, error
+            continue
+        found = True
+        yield number, record
+    if torn and found:
+        warnings.warn(f"{path.name}:{torn[0]}: a half-written last line was skipped", stacklevel=2)
+    elif torn:
+        raise torn[1]
+    elif not found:
+        raise InputError(f"{path} must hold one JSON object a line; it is empty; fill the file")
 
 
 def traces_table(traces: Sequence[Trace]) -> TurnTable:
@@ -177,6 +203,7 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
         rollout = record["rollout"]
         seen = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
         nodes = rollout.get("nodes") or [None] * len(seen)
+        values = record.get("baselines", {}).get("value") or [None] * len(seen)
         return Trace(
             id=f"{rollout['task_id']} #{place.rpartition(':')[2]}",
             group=(record["step"], rollout["group"]),
@@ -187,9 +214,17 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
                     tokens=len(turn["action_ids"]),
                     anchor=tuple(observed),  # equal observations are taken for equal states
                     node=node,
+                    value=None if value is None else _number(value, place, "value"),
+                    token_values=token_values,
                 )
-                for turn, rewards, observed, node in zip(
-                    rollout["turns"], rollout["turn_rewards"], seen, nodes, strict=True
+                for turn, rewards, observed, node, value, token_values in zip(
+                    rollout["turns"],
+                    rollout["turn_rewards"],
+                    seen,
+                    nodes,
+                    values,
+                    _by_turn(record.get("token_values"), rollout, place),
+                    strict=True,
                 )
             ),
             outcome=_rewards(rollout["outcome_rewards"], place),
@@ -198,6 +233,18 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
         raise InputError(
             f"{place} must be a rollout that a run recorded; {type(error).__name__}: {error}; repair or delete the line"
         ) from error
+
+
+def _by_turn(values: Any, rollout: Mapping[str, Any], place: str) -> list[tuple[float, ...] | None]:
+    """A number for each sampled token of a run's rollout, cut into its turns; None where there are none."""
+    counts = [len(turn["action_ids"]) for turn in rollout["turns"]]
+    if values is None:
+        return [None] * len(counts)
+    if not isinstance(values, list) or len(values) != sum(counts):
+        raise _wrong(place, "token_values", f"a list of a number for each of {sum(counts)} sampled tokens", values)
+    ends = itertools.accumulate(counts)
+    numbers = [_number(value, place, "token_values") for value in values]
+    return [tuple(numbers[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
 
 def _rewards(found: Any, place: str) -> dict[str, float]:

@@ -580,10 +580,12 @@ def _rollout_lines(
 
 
 def _by_token(row: Row, config: TrainConfig) -> Record:
-    """The advantages of the sampled tokens, of a method that gives each its own."""
+    """Advantages and values of the sampled tokens, of a method that gives each its own."""
     if config.estimator not in TOKEN_ESTIMATORS:
         return {}
-    return {"token_advantages": [round(float(x), 5) for x in row.advantages[row.action]]}
+    assert row.values is not None, "a method of tokens has a critic"
+    columns = {"token_advantages": row.advantages[row.action], "token_values": row.values[row.action, 0]}
+    return {name: [round(float(x), 5) for x in column] for name, column in columns.items()}
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def load_corpus(spec: str | Path) -> Iterator[ArticleLike]:
 def corpus_files(path: Path) -> list[Path]:
     """The files that a corpus is read from, sorted; InputError where there are none.
 
-    Of a folder: every text and Markdown file in it and below, hidden ones left out.
+    Of a folder: every text and Markdown file in it and below, hidden ones left out; a link among them must lead to one.
     """
     if path.is_file():
         return [path]
@@ -83,7 +83,11 @@ def corpus_files(path: Path) -> list[Path]:
         for file in sorted(path.rglob("*"))
         if file.suffix.lower() in TEXT_SUFFIXES
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and not file.is_dir()
     ]
+    for file in found:
+        if not file.exists():
+            raise InputError(f"{file} must be a text file; it is a link to nothing; mend or delete it")
     if not found:
         raise InputError(f"{path} must hold text files ({', '.join(TEXT_SUFFIXES)}); it has none; check the folder")
     return found

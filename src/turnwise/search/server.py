@@ -10,8 +10,10 @@ and the text (the format of `search_r1/search/retrieval_server.py` and of the co
 Errors are `{"error": ...}` with status 400, 404, 405, 413 or 500.
 """
 
+import errno
 import json
 import logging
+import socket
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,6 +27,8 @@ DEFAULT_PORT = 8765
 MAX_BODY_BYTES = 1_000_000
 MAX_QUERIES = 1024
 MAX_K = 100
+_DIGITS = 20
+"""A number of so many digits is too large for anything here; Python refuses to read one of thousands."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +68,11 @@ def search_server(
     Handler.index, Handler.k = index, k
     try:
         server = ThreadingHTTPServer((host, port), Handler)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a UnicodeError where the host is no name at all
+        at_host = isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL
         raise RunError(
-            f"the search server must be able to listen on {host}:{port}; got {error.strerror}; choose another port"
+            f"the search server must be able to listen on {host}:{port}; got {getattr(error, 'strerror', error)}; "
+            f"choose another {'host' if at_host else 'port'}"
         ) from error
     server.daemon_threads = True
     return server
@@ -98,7 +104,7 @@ def search_answer(index: SearchIndex, query_string: str, default_k: int) -> dict
     if "q" not in fields:
         raise RequestError(400, "parameter 'q' must be given: /search?q=words&k=3")
     given = fields.get("k", [str(default_k)])[-1]
-    k = _checked_k(int(given) if given.isdecimal() else given, "parameter 'k'")
+    k = _checked_k(int(given) if given.isdecimal() and len(given) < _DIGITS else given, "parameter 'k'")
     hits = index.search(fields["q"][-1], k)
     return {"query": fields["q"][-1], "hits": [asdict(hit) for hit in hits]}
 
@@ -127,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
+        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
+            self.close_connection = True  # its body is not read, and would be taken for the next request
         self._respond(self._get)
 
     def do_POST(self) -> None:
@@ -157,10 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
             self.close_connection = True
             raise RequestError(400, "header Content-Length must give the body's size in bytes")
-        if int(length) > MAX_BODY_BYTES:
+        if len(length) >= _DIGITS or int(length) > MAX_BODY_BYTES:
             self.close_connection = True
             raise RequestError(413, f"the body must hold at most {MAX_BODY_BYTES} bytes")
         return self.rfile.read(int(length))
@@ -171,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         except RequestError as error:
             status, content = error.status, {"error": str(error)}
         except Exception:
-            logger.exception("search request failed: %s", self.path)
+            logger.exception("search request failed: %s", self.path[:200])
             status, content = 500, {"error": "the search failed; the server's log says why"}
         body = json.dumps(content).encode()
         try:
