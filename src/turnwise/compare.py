@@ -24,6 +24,8 @@ SHARED = ("out", "seed", "threads", "policy", "tasks", "validation_tasks", "corp
 """The options that one method of a comparison cannot have to itself."""
 LAST_STEP_S = 60.0
 """Seconds that a worker may take over its last step once its parent is gone."""
+_is_orphan = threading.Event()
+"""Set in a worker whose parent is gone."""
 EVALUATED_ROWS = 96
 """Most rollouts alive in a final evaluation: several processes share the memory."""
 
@@ -144,6 +146,7 @@ def _stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     parent.join()
+    _is_orphan.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LAST_STEP_S)
     os._exit(1)
@@ -154,6 +157,8 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
     from turnwise.rundir import latest_checkpoint, write_atomically
     from turnwise.training import train
 
+    if _is_orphan.is_set():
+        raise KeyboardInterrupt  # nobody waits for the runs that are still queued
     finished = config.out / "record.json"
     resume = (config.out / "config.json").is_file()
     if resume:
