@@ -585,7 +585,7 @@ Watch = Callable[[Policy, str, int, float], None]
 def warm_up(config: WarmupConfig, watch: Watch | None = None) -> Policy:
     """The starting policy, trained from nothing and written to `config.out`.
 
-    Takes about half an hour on one quiet core with the default configuration; equal bytes need equal numbers of threads.
+    Takes about half an hour on one quiet core by default; equal bytes need equal numbers of threads.
     """
     source = SubjectSource(random.Random(config.seed))
     chat = Chat(train_tokenizer(tokenizer_texts(source)))
