@@ -659,11 +659,11 @@ def test_a_judged_run_learns_from_the_judge_and_reports_it(serve, options, capsy
     assert len(judge.requests) >= asked + 1  # the first, tiny one at least
     asked = len(judge.requests)
     assert evaluate(result.out, limit=2, judge=False).judge == {}
+    assert [r.outcome_rewards for [r] in rollouts(result.out, group_size=1)[:1]] == [{}]
+    assert len(judge.requests) == asked
     capsys.readouterr()
     assert main(["eval", str(result.out), "--limit", "2"]) == 0
     assert "\njudge: judged 2, absent 0, " in capsys.readouterr().out
-    assert [r.outcome_rewards for [r] in rollouts(result.out, group_size=1)[:1]] == [{}]
-    assert len(judge.requests) == asked
 
 
 def test_unjudged_rollouts_are_not_learned_from(serve, options):
