@@ -412,7 +412,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         if raw is not None:
             lines += ["", f"The question itself as query: answer in results {raw:.3f}."]
         lines.append("")
-    lines += _early_steps(methods, runs) + _progress(methods, runs)
+    shown = _progress if columns is _COLUMNS["search"] else _early_steps
+    lines += shown(methods, runs)
     lines += _collapses(runs)
     budget = result["config"].get("token_budget")
     length = f"{budget:,} sampled tokens" if budget else f"{result['config']['steps']} steps"
@@ -454,8 +455,7 @@ def _early_steps(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> l
 
 
 def _progress(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of what training rollouts did in the first, the fifth and the last tenth of the steps, where they search
-    several times."""
+    """A table of what training rollouts did in the first, the fifth and the last tenth of the steps."""
     if not all(key in r.get("curve", {}) for r in runs for _, key in _PROGRESS):
         return []
     titles = [f"{title}, {when}" for title, _ in _PROGRESS for when in ("first", "middle", "last")]
