@@ -118,7 +118,7 @@ def test_anchor_keys_look_back_within_the_rollout():
     assert len(set(keys.tolist())) == 7
     assert (keys < 0).tolist() == [True, False, False, False, True, False, False, True, False]
     assert len(set(anchor_keys(rows, history=2).tolist())) == 9  # aba bab, cab
-    with pytest.raises(ValueError, match="history must be 0 or more; got -1"):
+    with pytest.raises(ValueError, match="history must be a whole number >= 0 and finite; got -1"):
         anchor_keys(rows, history=-1)
 
 
@@ -652,5 +652,5 @@ def test_an_unknown_choice_is_refused_with_the_known_ones():
         gigpo(table(*VISITS), scale="none")  # pyright: ignore[reportArgumentType]
     with pytest.raises((ValueError, TypeCheckError), match=r"'zero'.*'raw'"):
         gigpo(table(*VISITS), singleton="parent")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="history must be 0 or more; got -2"):
+    with pytest.raises(ValueError, match="history must be a whole number >= 0 and finite; got -2"):
         hgpo(table(*VISITS), history=-2)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from turnwise.credit.parts import Credit, Steps, Stream, group_mean, sums_to_go, whiten
+from turnwise.credit.parts import Credit, Steps, Stream, check_number, check_unit, group_mean, sums_to_go, whiten
 from turnwise.credit.table import Rollouts, Tokens, TokenTable, TurnTable
 from turnwise.credit.trajectory import rollout_rewards
 
@@ -71,9 +71,7 @@ def gae(rewards: Steps, values: Steps, sequence: StepKeys, bootstrap: Sequences,
     Schulman et al. 2016, arXiv 1506.02438. `sequence` numbers each step's sequence, 0, 1, ... in order; `bootstrap` is
     the value after each sequence's last step, where A is 0.
     """
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} must be in [0, 1]; got {number}")
+    check_unit(gamma=gamma, lam=lam)
     ends = np.append(np.flatnonzero(sequence[1:] != sequence[:-1]), len(sequence) - 1)
     after = np.empty(len(values))
     after[:-1] = values[1:]
@@ -194,6 +192,7 @@ def bi_level_gae(
     turn gets Aₖ itself. Their code tells turns by rewards that are not 0; here a turn without reward is a turn.
     `gamma` and `lam` are per turn, `token_gamma` and `token_lam` (γ′, λ′) per token.
     """
+    check_unit(gamma=gamma, lam=lam, token_gamma=token_gamma, token_lam=token_lam)
     turns, written, values = table.turns, table.written, _token_values(table)
     at_end = values[table.last]
     turn = gae(turns.reward(), at_end, turns.rollout, _bootstrap(turns), gamma=gamma, lam=lam)
@@ -221,6 +220,8 @@ def vetta(
     It needs values in both tables. `gamma` and `lam` are per turn, `token_gamma` and `token_lam` per token. The
     returns are targets of the token values; those of the turn values are the stream's `value` of `turn_ppo`.
     """
+    check_unit(gamma=gamma, lam=lam, token_gamma=token_gamma, token_lam=token_lam)
+    check_number("alpha", alpha, 0.0)
     turn = turn_ppo(table.turns, gamma=gamma, lam=lam)
     token = mt_ppo(table, gamma=token_gamma, lam=token_lam)
     written = table.written

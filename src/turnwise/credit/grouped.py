@@ -5,6 +5,7 @@ in the same anchor state. A turn's return is its own reward and the discounted r
 The columns `values` and `bootstrap` are not read: what a rollout that was cut off would still have earned counts 0.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,10 @@ from jaxtyping import Bool
 from turnwise.credit.parts import (
     Credit,
     Stream,
+    check_flag,
+    check_number,
+    check_scale,
+    check_unit,
     group_mean,
     group_sizes,
     group_sum,
@@ -26,7 +31,7 @@ from turnwise.credit.parts import (
     z_score,
     z_stream,
 )
-from turnwise.credit.table import TurnKeys, Turns, TurnTable
+from turnwise.credit.table import LARGEST, TurnKeys, Turns, TurnTable
 from turnwise.credit.trajectory import dr_grpo, grpo_mr, grpo_or
 from turnwise.credit.transforms import after_turns
 
@@ -51,6 +56,7 @@ def turn_rloo(table: TurnTable, *, gamma: float = 1.0) -> Credit:
     others ended. A rollout alone in its group has baseline 0: its advantages are its returns. `gamma` discounts per
     turn.
     """
+    check_unit(gamma=gamma)
     returns, keys = _returns(table, gamma), turn_index_keys(table)
     endings = np.repeat(leave_one_out_mean(returns[table.last], table.rollout_group), table.lengths)
     baseline = np.where(group_sizes(keys) > 1, leave_one_out_mean(returns, keys), endings)
@@ -66,6 +72,7 @@ def gtpo(table: TurnTable, *, gamma: float = 0.9, ddof: int = 1, eps: float = 1e
     number of turns, index k compares those that took a turn k, whether or not it was their last; a turn that no other
     rollout reached gets 0. `gamma` discounts per turn.
     """
+    check_unit(gamma=gamma)
     returns, keys = _returns(table, gamma), turn_index_keys(table)
     return _credit(z_stream(returns, keys, ddof=ddof, eps=eps))
 
@@ -79,6 +86,7 @@ def matchtir(table: TurnTable, *, gamma: float = 0.9, ddof: int = 1, eps: float 
     undiscounted; the second is `gtpo`, ragged groups included: a turn that no other rollout reached keeps the first
     term's half. `gamma` discounts per turn.
     """
+    check_unit(gamma=gamma)
     whole = grpo_mr(table, ddof=ddof, eps=eps)
     turn = gtpo(table, gamma=gamma, ddof=ddof, eps=eps)
     return Credit(advantages=(whole.advantages + turn.advantages) / 2, streams={**whole.streams, **turn.streams})
@@ -95,6 +103,8 @@ def irc_hybrid(table: TurnTable, *, gamma: float = 0.9, lam: float = 0.3, ddof: 
     returns that are discounted over different distances. Ragged groups: a turn that no other rollout reached gets the
     second term alone. λ = 0 is `gtpo`. `gamma` discounts per turn.
     """
+    check_unit(gamma=gamma)
+    check_number("lam", lam, 0.0)
     turn = gtpo(table, gamma=gamma, ddof=ddof, eps=eps)
     outcome = grpo_or(table, ddof=ddof, eps=eps)
     streams = {**turn.streams, "outcome": outcome.streams["trajectory"]}
@@ -112,6 +122,7 @@ def anchor_keys(table: TurnTable, *, history: int = 0) -> TurnKeys:
     All anchors are those of the turn's own rollout. A turn with fewer than j turns before it has a key of its own,
     below zero.
     """
+    check_number("history", history, 0, whole=True)
     keys = _histories(table, history)[-1]
     return np.where(table.index >= history, keys, -1 - np.arange(len(keys))) if history else keys
 
@@ -139,6 +150,8 @@ def gigpo(
     published, which is biased; without, the second mean is over other rollouts alone (std stays over all), and a
     state that only one rollout was in is a singleton.
     """
+    check_unit(gamma=gamma)
+    check_number("omega", omega, 0.0)
     whole = grpo_mr(table, ddof=ddof, eps=eps) if scale == "std" else dr_grpo(table)
     returns, keys = _returns(table, gamma), anchor_keys(table)
     turn, _ = _compared(returns, keys, table.rollout, scale=scale, singleton=singleton, own=own, ddof=ddof, eps=eps)
@@ -165,6 +178,7 @@ def hgpo(
     left out of both sums, and where all are, the advantage is 0. He et al. 2026, arXiv 2602.22817. `scale` and `own`
     as in `gigpo`. The authors' code differs: `hgpo_code`.
     """
+    _check_weights(history, alpha)
     levels = _levels(table, history, gamma=gamma, scale=scale, own=own, ddof=ddof, eps=eps)
     weights = [(j + 1.0) ** alpha * met for j, (_, met) in enumerate(levels)]
     return _averaged([level for level, _ in levels], weights, eps=0.0)
@@ -189,6 +203,7 @@ def hgpo_code(
     others down; weights grow from 2, since the code counts the present state as history; std has ddof 0. Code of
     arXiv 2602.22817 (`langfengQ/verl-agent`, recipe `hgpo`, June 2026), without its optional trajectory term.
     """
+    _check_weights(history, alpha)
     levels = _levels(table, history, gamma=gamma, scale=scale, own=own, ddof=ddof, eps=eps)
     weights = [(j + 2.0) ** alpha * (level.advantage != 0) for j, (level, _) in enumerate(levels)]
     return _averaged([level for level, _ in levels], weights, eps=eps)
@@ -212,6 +227,8 @@ def gagpo(
     arXiv 2605.13217. The stream holds Â. With `own` V is of all turns, as published; without, of other rollouts'
     turns, and 0 in a state that only one rollout was in. The defaults of γ and λ are ours. `gamma` discounts per turn.
     """
+    check_unit(gamma=gamma, lam=lam)
+    check_flag("own", own)
     returns, keys = _returns(table, gamma), anchor_keys(table)
     values = _baseline(returns, keys, table.rollout, own=own)
     if not own:
@@ -231,12 +248,16 @@ def _returns(table: TurnTable, gamma: float) -> Turns:
     return reward_to_go(table.turn_reward(), table.outcome_reward(), table, discount=gamma)
 
 
+def _check_weights(history: int, alpha: float) -> None:
+    """ValueError for histories that are no whole number, and powers of them that are not finite."""
+    check_number("history", history, 0, whole=True)
+    check_number("alpha", alpha, 0.0, math.floor(math.log(LARGEST) / math.log(history + 2.0)))
+
+
 def _histories(table: TurnTable, longest: int) -> list[TurnKeys]:
     """Keys like those of `anchor_keys` for histories of 0 to `longest`; all 0 or more."""
     table.need("anchor")
     assert table.anchor is not None
-    if longest < 0:
-        raise ValueError(f"history must be 0 or more; got {longest}; give the number of turns before to look at")
     anchor = paired(table.group, table.anchor)
     out = [anchor]
     for j in range(1, longest + 1):
@@ -286,6 +307,8 @@ def _compared(
         raise ValueError(f"scale must be 'std' or 'one'; got {scale!r}; give one of them")
     if singleton not in ("zero", "raw"):
         raise ValueError(f"singleton must be 'zero' or 'raw'; got {singleton!r}; give one of them")
+    check_flag("own", own)
+    check_scale(ddof=ddof, eps=eps)
     met = _met(keys, rollout, own=own)
     if own and scale == "std":
         found = z_stream(values, keys, ddof=ddof, eps=eps)
@@ -303,6 +326,7 @@ def _levels(
     table: TurnTable, history: int, *, gamma: float, scale: Scale, own: bool, ddof: int, eps: float
 ) -> list[tuple[Stream, TurnFlags]]:
     """For each length of history from 0: the turns compared, and which had another to be compared with."""
+    check_unit(gamma=gamma)
     returns, rollout, out = _returns(table, gamma), table.rollout, []
     for keys in _histories(table, history):
         out.append(_compared(returns, keys, rollout, scale=scale, singleton="zero", own=own, ddof=ddof, eps=eps))

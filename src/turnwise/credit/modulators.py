@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from turnwise.credit.parts import group_mean, reward_to_go, z_score
+from turnwise.credit.parts import check_flag, check_number, check_scale, check_unit, group_mean, reward_to_go, z_score
 from turnwise.credit.table import Rollouts, Turns, TurnTable
 from turnwise.credit.transforms import after_turns, require
 
@@ -28,6 +28,9 @@ def empg(
     Wang et al. 2025, arXiv 2509.09265. `entropies` has each turn's mean entropy per token. Means are over turns.
     The scaling of H and the defaults follow the authors' project page.
     """
+    for name, number in (("kappa", kappa), ("kappa_next", kappa_next), ("zeta", zeta), ("eps", eps)):
+        check_number(name, number, 0.0)
+    check_flag("centre", centre)
     require("advantages", advantages, len(table.rollout))
     require("entropies", entropies, len(table.rollout))
     low, high = entropies.min(), entropies.max()
@@ -60,6 +63,8 @@ def agent_opsd(
     `success` is each rollout's, in [0, 1]. With b < 1 and λ in [0, 1] no advantage changes its sign. Where all or none
     of a group succeed, and in rollouts of one turn, nothing changes.
     """
+    check_unit(lam=lam, bound=bound)
+    check_scale(ddof=ddof, eps=eps)
     require("advantages", advantages, len(table.rollout))
     require("evidence", evidence, len(table.rollout))
     require("success", success, table.num_rollouts, what="rollout")
@@ -67,9 +72,6 @@ def agent_opsd(
     if outside.any():
         row = int(outside.argmax())
         raise ValueError(f"success must be in [0, 1]; rollout {row} has {success[row]}; scale it")
-    for name, number in (("lam", lam), ("bound", bound)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{name} must be in [0, 1]; got {number}; give one that is")
     prior = group_mean(success, table.rollout_group)[table.rollout]
     to_come = reward_to_go(evidence, np.zeros(table.num_rollouts), table, discount=1.0)
     so_far = to_come[table.index == 0][table.rollout] - to_come

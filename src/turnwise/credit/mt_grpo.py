@@ -2,7 +2,16 @@
 
 import numpy as np
 
-from turnwise.credit.parts import Credit, on_turns, reward_to_go, turn_index_keys, z_score, z_stream
+from turnwise.credit.parts import (
+    Credit,
+    check_number,
+    check_unit,
+    on_turns,
+    reward_to_go,
+    turn_index_keys,
+    z_score,
+    z_stream,
+)
 from turnwise.credit.table import TurnTable
 from turnwise.credit.trajectory import rollout_rewards, rollout_sums
 
@@ -20,6 +29,7 @@ def mt_grpo(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: float =
     turn gets Aᴵ + Aᴼ. Where all rollouts have equally many turns and the last has no turn reward, Aᴵ of the last
     turn is 0 and the paper's form remains.
     """
+    check_unit(alpha=alpha)
     reward, outcome, keys = table.turn_reward(), table.outcome_reward(), turn_index_keys(table)
     own = z_stream(reward, keys, ddof=ddof, eps=eps)
     last = z_stream(outcome, table.rollout_group, ddof=ddof, eps=eps)
@@ -39,6 +49,7 @@ def mt_grpo_repo(table: TurnTable, *, coef: float = 1.0, ddof: int = 1, eps: flo
     turn count with what they have. Code of arXiv 2505.11821 (`SiliangZeng/Multi-Turn-RL-Agent`, June 2025). One group
     so mixes two estimators. Equal to `mt_grpo` where all rollouts have two turns, the first alone is paid, c = α = 1.
     """
+    check_number("coef", coef, 0.0)
     group = table.rollout_group
     own = z_score(rollout_sums(table, table.turn_reward()), group, ddof=ddof, eps=eps)
     outcome = z_score(table.outcome_reward(), group, ddof=ddof, eps=eps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
+from turnwise.credit.table import LARGEST, Rollouts, TurnKeys, Turns, TurnTable
 
 Flags = Bool[np.ndarray, "N"]
 PerNumber = Float[np.ndarray, "C"]
@@ -38,6 +38,36 @@ class Credit:
 
     advantages: Turns
     streams: Mapping[str, Stream] = field(default_factory=dict)
+
+
+def check_number(
+    name: str, value: object, low: int | float, high: int | float = LARGEST, *, whole: bool = False
+) -> None:
+    """ValueError where a parameter is no number from `low` to `high`, or with `whole` no whole one."""
+    kinds = int | np.integer if whole else int | float | np.integer | np.floating
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        bounds = f">= {low:g} and finite" if high == LARGEST else f"in [{low:g}, {high:g}]"
+        raise ValueError(
+            f"{name} must be {'a whole number ' if whole else ''}{bounds}; got {value!r}; give one that is"
+        )
+
+
+def check_unit(**numbers: object) -> None:
+    """ValueError where a discount or share is no number in [0, 1]."""
+    for name, value in numbers.items():
+        check_number(name, value, 0.0, 1.0)
+
+
+def check_flag(name: str, value: object) -> None:
+    """ValueError where what turns something on or off is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False; got {value!r}; give one of them")
+
+
+def check_scale(*, ddof: object, eps: object) -> None:
+    """ValueError where a standard deviation has other degrees of freedom than 0 or 1, or a negative or endless eps."""
+    check_number("ddof", ddof, 0, 1, whole=True)
+    check_number("eps", eps, 0.0)
 
 
 def on_turns(stream: Stream, table: TurnTable) -> Stream:
@@ -90,6 +120,7 @@ def group_std(values: Turns, keys: TurnKeys, *, ddof: int) -> Turns:
 
     Exactly 0 where all values of a group are equal.
     """
+    check_number("ddof", ddof, 0, 1, whole=True)
     numbers, _ = numbered(keys)
     return _moments(values, numbers, ddof)[2][numbers]
 
@@ -106,6 +137,7 @@ def z_score(values: Turns, keys: TurnKeys, *, ddof: int = 1, eps: float = 1e-4) 
 
 def z_stream(values: Turns, keys: TurnKeys, *, ddof: int = 1, eps: float = 1e-4) -> Stream:
     """Values, the means of their groups, and their z-scores."""
+    check_scale(ddof=ddof, eps=eps)
     numbers, _ = numbered(keys)
     baseline, centred, stds = _moments(values, numbers, ddof)
     return Stream(value=values, baseline=baseline, advantage=_divided(centred, stds, eps, numbers))
@@ -140,9 +172,9 @@ def whiten(values: Turns, *, eps: float = 1e-8) -> Turns:
 
     (x − mean) / (std + eps)   over the whole step, groups together
     """
-    if values.min() == values.max():
-        return np.zeros(len(values))
-    return (values - values.mean()) / (values.std(ddof=1) + eps)
+    check_number("eps", eps, 0.0)
+    std = 0.0 if values.min() == values.max() else values.std(ddof=1)
+    return (values - values.mean()) / (std + eps) if std > 0 else np.zeros(len(values))
 
 
 def turn_index_keys(table: TurnTable) -> TurnKeys:
@@ -156,6 +188,7 @@ def reward_to_go(turns: Turns, final: Rollouts, table: TurnTable, *, discount: f
 
     Gₖ = xₖ + discount · Gₖ₊₁,    G_K = x_K + final   for the last turn K
     """
+    check_unit(discount=discount)
     out = turns.astype(float)
     out[table.last] += final
     return sums_to_go(out, table.lengths, discount)

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from turnwise.credit.parts import check_number
 from turnwise.credit.table import Rollouts, Tokens, TokenTable, Turns, TurnTable
 
 Padded = Float[np.ndarray, "B T"]
@@ -139,8 +140,9 @@ def loss_weights(table: TokenTable, aggregation: Aggregation, *, length: int | N
         case "turn-mean":
             found = 1 / (len(table.turns.rollout) * np.bincount(turn)[turn])
         case "constant":
-            if length is None or length < 1:
-                raise ValueError(f"aggregation 'constant' needs a length >= 1, tokens; got {length}; give it")
+            if length is None:
+                raise ValueError("aggregation 'constant' needs a length >= 1, tokens; got None; give it")
+            check_number("length", length, 1, whole=True)
             found = np.full(len(turn), 1 / (rollouts * length))
         case _:
             raise ValueError(

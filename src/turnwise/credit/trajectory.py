@@ -14,6 +14,9 @@ from jaxtyping import Bool
 from turnwise.credit.parts import (
     Credit,
     Stream,
+    check_number,
+    check_scale,
+    check_unit,
     group_mean,
     group_sizes,
     leave_one_out_mean,
@@ -32,6 +35,7 @@ def rollout_rewards(table: TurnTable, rewards: Merging, *, gamma: float = 1.0) -
 
     outcome:  Rᴼᵢ            merged:  Σₖ γ^(k−1) rᵢₖ + γ^(Kᵢ−1) Rᴼᵢ
     """
+    check_unit(gamma=gamma)
     if rewards == "outcome":
         return table.outcome_reward()
     if rewards != "merged":
@@ -113,6 +117,7 @@ def reinforce_pp(
     Hu 2025, arXiv 2501.03262, without its KL term in the reward. `over="tokens"` weighs each rollout by its sampled
     tokens, as whitening a padded token array does; it needs the column `tokens`.
     """
+    check_number("eps", eps, 0.0)
     found = rollout_rewards(table, rewards)
     mean, std = _step_moments(found, _weights(table, over))
     baseline = np.full(len(found), mean)
@@ -128,6 +133,7 @@ def reinforce_pp_baseline(
 
     Hu 2025, arXiv 2501.03262. `over` as in `reinforce_pp`.
     """
+    check_number("eps", eps, 0.0)
     found = rollout_rewards(table, rewards)
     baseline = group_mean(found, table.rollout_group)
     centred = found - baseline
@@ -143,6 +149,9 @@ def gdpo(table: TurnTable, *, weights: Mapping[str, float] | None = None, ddof: 
     arXiv 2601.05242. Components are those of the outcome, and those of the turns summed over a rollout; `weights` are
     1 unless given by name. A component that a rollout does not have counts 0.
     """
+    check_scale(ddof=ddof, eps=eps)
+    for name, weight in (weights or {}).items():
+        check_number(f"weights[{name!r}]", weight, 0.0)
     components = {**table.outcome_rewards}
     for name, column in table.turn_rewards.items():
         total = rollout_sums(table, without_absent(column))

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from turnwise.credit.parts import Credit, turn_index_keys
-from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
+from turnwise.credit.parts import Credit, check_number, check_unit, turn_index_keys
+from turnwise.credit.table import LARGEST, Rollouts, TurnKeys, Turns, TurnTable
 
 States = Float[np.ndarray, "S"]
 Aliases = Float[np.ndarray, "S A"]
@@ -51,6 +51,7 @@ def potential_shaping(before: Turns, table: TurnTable, *, end: Rollouts | None =
     and must be 0 where it ended itself; None: all ended themselves. With that the expected policy gradient is the one
     without shaping. `gamma` must be the discount of the return.
     """
+    check_unit(gamma=gamma)
     end = np.zeros(table.num_rollouts) if end is None else end
     require("before", before, len(table.rollout))
     require("end", end, table.num_rollouts, what="rollout")
@@ -106,6 +107,7 @@ def tips(before: Turns, table: TurnTable, *, end: Rollouts | None = None, scale:
     `information_gain`, the turn that answers is not paid. `potential_shaping` also takes the last Φ back; only that
     leaves the policy gradient as it was.
     """
+    check_number("scale", scale, 0.0)
     return scale * information_gain(before, table, end=end)
 
 
@@ -170,8 +172,9 @@ def calibrated_rewards(
     wrong = np.flatnonzero((success != 0) & (success != 1))
     if len(wrong):
         raise ValueError(f"success must be 0 or 1; rollout {wrong[0]} has {success[wrong[0]]}; decide")
-    if not 0 <= delta <= 1 or rounds < 0 or not np.isfinite(alpha):
-        raise ValueError(f"delta must be in [0, 1], rounds >= 0, alpha finite; got {delta}, {rounds}, {alpha}")
+    check_unit(delta=delta)
+    check_number("rounds", rounds, 0, whole=True)
+    check_number("alpha", alpha, -LARGEST)
     has = {name: ~np.isnan(column) for name, column in table.turn_rewards.items()}
     paid = {name: _correlation(turns.astype(float), success[table.rollout]) for name, turns in has.items()}
     paid = {name: alpha * rho if abs(rho) > delta else 0.0 for name, rho in paid.items()}

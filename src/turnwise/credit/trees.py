@@ -10,7 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from turnwise.credit.parts import Credit, Stream, group_mean, numbered, on_turns, reward_to_go, varied, z_stream
+from turnwise.credit.parts import (
+    Credit,
+    Stream,
+    check_scale,
+    check_unit,
+    group_mean,
+    numbered,
+    on_turns,
+    reward_to_go,
+    varied,
+    z_stream,
+)
 from turnwise.credit.table import Rollouts, TurnKeys, Turns, TurnTable
 from turnwise.credit.trajectory import Merging, rollout_rewards
 from turnwise.credit.transforms import after_turns
@@ -118,6 +129,7 @@ def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float
 
     Raises ValueError where rollouts that share a turn do not agree in its value.
     """
+    check_scale(ddof=ddof, eps=eps)
     before, after = states(table)
     first = _first(after)
     odd = values != values[first]
@@ -147,6 +159,7 @@ def mt_grpo_tree(table: TurnTable, *, alpha: float = 1.0, ddof: int = 1, eps: fl
     in `mt_grpo`; where last turns have no turn reward, their Aᴵ is 0 and the printed form remains. A shared turn has
     one Aᴵ, but another advantage in each rollout, whose later turns and outcome differ.
     """
+    check_unit(alpha=alpha)
     own = sibling_stream(table.turn_reward(), table, ddof=ddof, eps=eps)
     last = z_stream(table.outcome_reward(), table.rollout_group, ddof=ddof, eps=eps)
     return Credit(
@@ -219,6 +232,7 @@ def vineppo(table: TurnTable, *, gamma: float = 1.0) -> Credit:
     Kazemnejad et al. 2024, arXiv 2410.01679. The column `values` has V(sₖ): the mean return of fresh rollouts from the
     state before the turn. r of the last turn includes the outcome.
     """
+    check_unit(gamma=gamma)
     table.need("values")
     assert table.values is not None
     end = np.zeros(table.num_rollouts) if table.bootstrap is None else table.bootstrap
