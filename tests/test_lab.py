@@ -543,7 +543,7 @@ MOVES = {"a": {"x": [(1.0, "b", 0.0)]}}
         ({"b": 1.0}, MOVES, {}, 1, "'b' has no actions"),
         ({"a": 1.0}, MOVES, {"z": 1.0}, 1, "got 'z'"),
         ({"a": 1.0}, MOVES, {"b": math.nan}, 1, "outcome must be finite; entry \\[1\\]"),
-        ({"a": 1.0}, MOVES, {}, 0, "max_turns must be 1 or more; got 0"),
+        ({"a": 1.0}, MOVES, {}, 0, "max_turns must be a whole number >= 1 and finite; got 0"),
         ({"a": 1.0}, {"a": {"x": [(0.5, "b", 0.0)]}}, {}, 1, "sum to 1; those of 'x' in 'a'"),
         ({"a": 1.0}, {"a": {"x": [(0.5, "b", 0.0), (0.5, "b", 1.0)]}}, {}, 1, "'x' in 'a' has two"),
         ({"a": 1.0}, {"a": {"x": MOVES["a"]["x"], "x y": MOVES["a"]["x"]}}, {}, 1, "'x' begins 'x y'"),
@@ -564,7 +564,7 @@ def test_what_cannot_be_computed_is_refused():
         policy_gradient(process, np.zeros(2))
     with pytest.raises(ValueError, match="3 at most; there are 4 after turn 2"):
         all_rollouts(process, logits, limit=3)
-    with pytest.raises(ValueError, match="group_size must be 1 or more"):
+    with pytest.raises(ValueError, match="group_size must be a whole number >= 1"):
         group_gradient(leave_one_out, process, logits, group_size=0)
     with pytest.raises(ValueError, match="one finite number per turn"):
         group_gradient(lambda t: Credit(advantages=np.full(len(t.rollout), np.nan)), process, logits, group_size=2)

@@ -111,7 +111,12 @@ def test_a_half_written_last_line_is_skipped_and_one_elsewhere_refused(tmp_path:
         ({"group": "q", "turns": [{"token_values": []}]}, "token_values must be a list of a number for each"),
         ({"group": "q", "turns": [{"token_values": [1], "tokens": 2}]}, "as many numbers as tokens, 2; got 1"),
         ({"group": "q", "turns": [{"token_values": ["x"]}]}, "token_values must be a finite number"),
-        ({"rollout": {}, "step": 1}, "must be a rollout that a run recorded; KeyError"),
+        (
+            {"rollout": {}, "step": 1},
+            "jsonl:1 must be a rollout that a run recorded; its rollout has no field 'task_id'",
+        ),
+        ({"rollout": {}}, "jsonl:1 must be a rollout that a run recorded; its line has no field 'step'"),
+        ({"rollout": None, "step": 1}, "jsonl:1: rollout must be a JSON object; got null"),
     ],
 )
 def test_what_is_no_rollout_is_refused_with_line_and_field(record: object, words: str, tmp_path: Path):

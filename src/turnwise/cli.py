@@ -575,14 +575,13 @@ def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out
     """
     from turnwise.credit import ESTIMATORS, TOKEN_ESTIMATORS
     from turnwise.report.side import print_side_by_side, write_side_by_side
-    from turnwise.traces import lacking, read_traces, traces_credit, traces_table
+    from turnwise.traces import all_credit, lacking, read_traces, traces_credit, traces_table
 
     known = (*ESTIMATORS, *TOKEN_ESTIMATORS)
     for name in methods:
         if name not in known:
             raise unknown_name("methods", name, known)
-    if groups < 1:
-        raise ConfigError(f"groups must be >= 1; got {groups}; give the number of groups to print")
+    _check_least("groups", groups, 1)
     if out:
         _check_out(out)
     traces = read_traces(file)
@@ -592,12 +591,21 @@ def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out
                 f"{file} must have {missing} in every turn for {name}; it has not; add it, or leave it out"
             )
     table = traces_table(traces)
-    able = [name for name in known if not lacking(name, traces)]
-    found = {name: traces_credit(name, traces, table) for name in methods or able}
+    if methods:
+        found = {name: traces_credit(name, traces, table) for name in methods}
+    else:
+        found, refused = all_credit(traces, table)
+        for note in refused:
+            print(note)
     shown = {name: found[name] for name in methods or SHOWN_METHODS if name in found}
     print_side_by_side(traces, shown, _console(), groups=groups)
     if out:
         print(f"The page is {write_side_by_side(traces, found, file, out)}.")
+
+
+def _check_least(option: str, number: int, least: int) -> None:
+    if number < least:
+        raise ConfigError(f"{option} must be >= {least}; got {number}; give a larger number")
 
 
 def _check_out(path: Path) -> None:
@@ -634,8 +642,12 @@ def lab(
     for name in estimators:
         if name not in able:
             raise unknown_name("estimators", name, able)
-    if not group_sizes or min(*group_sizes, groups, samples) < 1:
-        raise ConfigError("group-sizes, groups and samples must be >= 1; got less; give such numbers")
+    for option, number, least in (
+        ("group-sizes", min(group_sizes, default=0), 1),
+        ("groups", groups, 1),
+        ("samples", samples, 2),
+    ):
+        _check_least(option, number, least)
     if max(group_sizes) > LARGEST_GROUP:
         raise ConfigError(
             f"group-sizes must be at most {LARGEST_GROUP}: larger groups take hours; got {max(group_sizes)}; "

@@ -27,6 +27,8 @@ from turnwise.errors import InputError
 from turnwise.tasks import Record, read_lines, record_of_line
 
 TURN_FIELDS = ("rewards", "text", "tokens", "value", "token_values", "anchor", "node")
+RUN_FIELDS = ("step",)
+RUN_ROLLOUT_FIELDS = ("task_id", "group", "prompt_ids", "turns", "turn_rewards", "outcome_rewards")
 ROLLOUT_FIELDS = ("group", "id", "turns", "outcome", "bootstrap")
 
 
@@ -117,7 +119,31 @@ def lacking(name: str, traces: Sequence[Trace]) -> list[str]:
 
 
 def traces_credit(name: str, traces: Sequence[Trace], table: TurnTable) -> Turns:
-    """The advantage of each turn under a method; of methods with one per token the mean over the turn's tokens."""
+    """The advantage of each turn under a method; of methods with one per token the mean over the turn's tokens.
+
+    Raises InputError where the method refuses the rollouts.
+    """
+    try:
+        return _traces_credit(name, traces, table)
+    except ValueError as error:
+        raise InputError(f"the rollouts must suit {name}; {error}; or leave the method out") from error
+
+
+def all_credit(traces: Sequence[Trace], table: TurnTable) -> tuple[dict[str, Turns], list[str]]:
+    """The advantages under each method whose fields are there, and a note for each that refuses the rollouts."""
+    found: dict[str, Turns] = {}
+    refused = []
+    for name in (*ESTIMATORS, *TOKEN_ESTIMATORS):
+        if lacking(name, traces):
+            continue
+        try:
+            found[name] = traces_credit(name, traces, table)
+        except InputError as error:
+            refused.append(f"{name} is left out: {error}")
+    return found, refused
+
+
+def _traces_credit(name: str, traces: Sequence[Trace], table: TurnTable) -> Turns:
     if name in ESTIMATORS:
         return ESTIMATORS[name](table).advantages
     values = [turn.token_values or () for trace in traces for turn in trace.turns]
@@ -199,8 +225,16 @@ def _token_values(record: Mapping[str, Any], place: str) -> tuple[float, ...] | 
 
 def _of_run(record: Mapping[str, Any], place: str) -> Trace:
     """A line of a run's rollouts.jsonl."""
+    rollout = record["rollout"]
+    if not isinstance(rollout, dict):
+        raise _wrong(place, "rollout", "a JSON object", rollout)
+    for where, found, fields in (("line", record, RUN_FIELDS), ("rollout", rollout, RUN_ROLLOUT_FIELDS)):
+        lost = [field for field in fields if field not in found]
+        if lost:
+            raise InputError(
+                f"{place} must be a rollout that a run recorded; its {where} has no field {lost[0]!r}; repair it"
+            )
     try:
-        rollout = record["rollout"]
         seen = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
         nodes = rollout.get("nodes") or [None] * len(seen)
         values = record.get("baselines", {}).get("value") or [None] * len(seen)
@@ -229,7 +263,9 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
             ),
             outcome=_rewards(rollout["outcome_rewards"], place),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{place} must be a rollout that a run recorded; {type(error).__name__}: {error}; repair or delete the line"
         ) from error

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from turnwise.credit.parts import varied
+from turnwise.credit.parts import require, varied
 from turnwise.credit.table import Turns, TurnTable
 from turnwise.credit.trajectory import rollout_sums
 
@@ -22,6 +22,7 @@ def diagnostics(table: TurnTable, advantages: Turns) -> Mapping[str, float]:
     a share of the turns; 0 where all are dead. `abs_advantage/turn_K`: mean |A| at turn index K, from 1. With token
     counts, `weight/short_turns` is the share of all |A|·tokens that the shorter half of the turns carries.
     """
+    advantages = require("advantages", advantages, len(table.rollout))
     groups, sizes = np.unique(table.rollout_group, return_counts=True)
     reward = table.turn_reward()
     total = rollout_sums(table, reward) + table.outcome_reward()

@@ -12,7 +12,18 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from turnwise.credit.parts import Credit, Steps, Stream, check_number, check_unit, group_mean, sums_to_go, whiten
+from turnwise.credit.parts import (
+    Credit,
+    Steps,
+    Stream,
+    check_number,
+    check_unit,
+    group_mean,
+    require,
+    require_length,
+    sums_to_go,
+    whiten,
+)
 from turnwise.credit.table import Rollouts, Tokens, TokenTable, TurnTable
 from turnwise.credit.trajectory import rollout_rewards
 
@@ -53,11 +64,7 @@ def sampled_token_rewards(table: TokenTable, rewards: Tokens) -> Tokens:
 
     None is dropped: what lies before the first sampled token of the table goes to that one.
     """
-    if len(rewards) != len(table.turn):
-        raise ValueError(f"rewards must have one entry per token ({len(table.turn)}); got {len(rewards)}")
-    if not np.isfinite(rewards).all():
-        row = int((~np.isfinite(rewards)).argmax())
-        raise ValueError(f"rewards must be finite; token {row} has {rewards[row]}")
+    rewards = require("rewards", rewards, len(table.turn), what="token")
     written = table.written
     before = np.cumsum(table.turn >= 0) - 1
     return np.bincount(written[np.maximum(before, 0)], weights=rewards, minlength=len(table.turn))
@@ -69,8 +76,18 @@ def gae(rewards: Steps, values: Steps, sequence: StepKeys, bootstrap: Sequences,
         δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ),    Aₜ = δₜ + γλ Aₜ₊₁
 
     Schulman et al. 2016, arXiv 1506.02438. `sequence` numbers each step's sequence, 0, 1, ... in order; `bootstrap` is
-    the value after each sequence's last step, where A is 0.
+    the value after each sequence's last step, where A is 0. Raises ValueError for columns of
+    other lengths, and for what is not finite.
     """
+    require_length("sequence", sequence, len(rewards), what="step")
+    rewards = require("rewards", rewards, len(rewards), what="step")
+    values = require("values", values, len(rewards), what="step")
+    bootstrap = require("bootstrap", bootstrap, 1 + int((sequence[1:] != sequence[:-1]).sum()), what="sequence")
+    return _gae(rewards, values, sequence, bootstrap, gamma=gamma, lam=lam)
+
+
+def _gae(rewards: Steps, values: Steps, sequence: StepKeys, bootstrap: Sequences, *, gamma: float, lam: float) -> Steps:
+    """`gae` of columns from tables, which have been checked."""
     check_unit(gamma=gamma, lam=lam)
     ends = np.append(np.flatnonzero(sequence[1:] != sequence[:-1]), len(sequence) - 1)
     after = np.empty(len(values))
@@ -96,7 +113,7 @@ def _token_gae(table: TokenTable, paid: Tokens, *, gamma: float, lam: float) -> 
     """`token_gae` with rewards at tokens that the policy wrote."""
     written, values = table.written, _token_values(table)[table.written]
     rollout = table.turns.rollout[table.turn[written]]
-    found = gae(paid[written], values, rollout, _bootstrap(table.turns), gamma=gamma, lam=lam)
+    found = _gae(paid[written], values, rollout, _bootstrap(table.turns), gamma=gamma, lam=lam)
     return _token_credit(table, found, found + values)
 
 
@@ -149,8 +166,9 @@ def whiten_tokens(table: TokenTable, advantages: Tokens, *, eps: float = 1e-8) -
 
     What PPO trainers do to token advantages, and REINFORCE++ (arXiv 2501.03262) to the reward-to-go.
     """
+    require_length("advantages", advantages, len(table.turn), what="token")
     written = table.written
-    return _on_tokens(table, whiten(advantages[written], eps=eps))
+    return _on_tokens(table, whiten(require("advantages", advantages[written], len(written), what="token"), eps=eps))
 
 
 def turn_ppo(table: TurnTable, *, gamma: float = 0.99, lam: float = 0.9) -> Credit:
@@ -164,7 +182,7 @@ def turn_ppo(table: TurnTable, *, gamma: float = 0.99, lam: float = 0.9) -> Cred
     table.need("values")
     assert table.values is not None
     values = table.values
-    found = gae(table.reward(), values, table.rollout, _bootstrap(table), gamma=gamma, lam=lam)
+    found = _gae(table.reward(), values, table.rollout, _bootstrap(table), gamma=gamma, lam=lam)
     return Credit(advantages=found, streams={"turn": Stream(value=found + values, baseline=values, advantage=found)})
 
 
@@ -195,11 +213,11 @@ def bi_level_gae(
     check_unit(gamma=gamma, lam=lam, token_gamma=token_gamma, token_lam=token_lam)
     turns, written, values = table.turns, table.written, _token_values(table)
     at_end = values[table.last]
-    turn = gae(turns.reward(), at_end, turns.rollout, _bootstrap(turns), gamma=gamma, lam=lam)
+    turn = _gae(turns.reward(), at_end, turns.rollout, _bootstrap(turns), gamma=gamma, lam=lam)
     paid = np.zeros(len(table.turn))
     paid[table.last] = turn + at_end
     nothing = np.zeros(len(turns.rollout))
-    found = gae(paid[written], values[written], table.turn[written], nothing, gamma=token_gamma, lam=token_lam)
+    found = _gae(paid[written], values[written], table.turn[written], nothing, gamma=token_gamma, lam=token_lam)
     return _token_credit(table, found, found + values[written])
 
 

@@ -2,9 +2,18 @@
 
 import numpy as np
 
-from turnwise.credit.parts import check_flag, check_number, check_scale, check_unit, group_mean, reward_to_go, z_score
+from turnwise.credit.parts import (
+    check_flag,
+    check_number,
+    check_scale,
+    check_unit,
+    group_mean,
+    require,
+    reward_to_go,
+    z_score,
+)
 from turnwise.credit.table import Rollouts, Turns, TurnTable
-from turnwise.credit.transforms import after_turns, require
+from turnwise.credit.transforms import after_turns
 
 
 def empg(
@@ -31,8 +40,8 @@ def empg(
     for name, number in (("kappa", kappa), ("kappa_next", kappa_next), ("zeta", zeta), ("eps", eps)):
         check_number(name, number, 0.0)
     check_flag("centre", centre)
-    require("advantages", advantages, len(table.rollout))
-    require("entropies", entropies, len(table.rollout))
+    advantages = require("advantages", advantages, len(table.rollout))
+    entropies = require("entropies", entropies, len(table.rollout))
     low, high = entropies.min(), entropies.max()
     unsure = (entropies - low) / (high - low + eps) if high > low else np.zeros(len(entropies))
     scale = np.exp(-kappa * unsure)
@@ -65,9 +74,9 @@ def agent_opsd(
     """
     check_unit(lam=lam, bound=bound)
     check_scale(ddof=ddof, eps=eps)
-    require("advantages", advantages, len(table.rollout))
-    require("evidence", evidence, len(table.rollout))
-    require("success", success, table.num_rollouts, what="rollout")
+    advantages = require("advantages", advantages, len(table.rollout))
+    evidence = require("evidence", evidence, len(table.rollout))
+    success = require("success", success, table.num_rollouts, what="rollout")
     outside = (success < 0) | (success > 1)
     if outside.any():
         row = int(outside.argmax())

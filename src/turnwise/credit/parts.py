@@ -12,6 +12,8 @@ Flags = Bool[np.ndarray, "N"]
 PerNumber = Float[np.ndarray, "C"]
 """One number per group."""
 FlagPerNumber = Bool[np.ndarray, "C"]
+Column = Float[np.ndarray, "X"]
+"""One number per turn, rollout or token."""
 Steps = Float[np.ndarray, "S"]
 """One number per time step: a turn or a token."""
 Lengths = Int[np.ndarray, "Q"]
@@ -68,6 +70,33 @@ def check_scale(*, ddof: object, eps: object) -> None:
     """ValueError where a standard deviation has other degrees of freedom than 0 or 1, or a negative or endless eps."""
     check_number("ddof", ddof, 0, 1, whole=True)
     check_number("eps", eps, 0.0)
+
+
+def require_length(name: str, column: object, length: int, *, what: str = "turn") -> None:
+    """ValueError where a column is not flat, or has another length."""
+    shape = np.shape(column)  # pyright: ignore[reportArgumentType]
+    if len(shape) != 1 or shape[0] != length:
+        got = shape[0] if len(shape) == 1 else f"shape {shape}"
+        raise ValueError(f"{name} must have one entry per {what} ({length}); got {got}; give them all")
+
+
+def require(name: str, column: object, length: int, *, what: str = "turn", absent: bool = False) -> Column:
+    """The column as floats; ValueError where it has another length or an entry is not finite. NaN passes with `absent`.
+
+    Flags count 1 and 0.
+    """
+    require_length(name, column, length, what=what)
+    found = np.asarray(column)
+    if found.dtype.kind not in "fiub":
+        raise ValueError(f"{name} must be numbers; got {found.dtype}; give numbers")
+    found = found.astype(float, copy=False)
+    broken = ~(np.abs(found) <= LARGEST) & ~(np.isnan(found) & absent)
+    if broken.any():
+        row = int(broken.argmax())
+        raise ValueError(
+            f"{name} must be finite and within ±{LARGEST:g}; {what} {row} has {found[row]}; leave it out or mend it"
+        )
+    return found
 
 
 def on_turns(stream: Stream, table: TurnTable) -> Stream:

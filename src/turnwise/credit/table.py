@@ -53,6 +53,9 @@ class TurnTable:
     """How many tokens the policy sampled in each turn, one at least."""
 
     def __post_init__(self) -> None:
+        for name in ("rollout", "index", "group", "anchor", "node", "tokens"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_numbers(name, getattr(self, name)))
         self._check_rows()
         self._check_rewards()
         self._check_optional()
@@ -89,6 +92,7 @@ class TurnTable:
                     f"outcome {name!r} must have one entry per rollout ({self.num_rollouts}); got {len(column)}"
                 )
         for name, column in (*self.turn_rewards.items(), *self.outcome_rewards.items()):
+            check_flat(name, column)
             large = np.abs(column.astype(float)) > LARGEST
             if large.any():
                 row = int(large.argmax())
@@ -106,9 +110,10 @@ class TurnTable:
             if len(column) != length:
                 what = "rollout" if name == "bootstrap" else "turn"
                 raise ValueError(f"column {name!r} must have one entry per {what} ({length}); got {len(column)}")
-            if not np.isfinite(column).all():
-                row = int((~np.isfinite(column)).argmax())
-                raise ValueError(f"column {name!r} must be finite; row {row} is {column[row]}")
+            check_flat(name, column)
+            row = first_unbounded(column)
+            if row is not None:
+                raise ValueError(f"column {name!r} must be finite and within ±{LARGEST:g}; row {row} is {column[row]}")
         if self.tokens is not None and self.tokens.min() < 1:
             raise ValueError(f"a turn must have at least one token; row {int(self.tokens.argmin())} has none")
         if self.node is not None:
@@ -176,6 +181,32 @@ class TurnTable:
         return rewards
 
 
+def whole_numbers(name: str, column: np.ndarray) -> TurnKeys:
+    """The column in 64 bits, in which keys of pairs do not overflow; ValueError where it holds anything else."""
+    found = np.asarray(column)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"column {name!r} must be a flat array of whole numbers; got {found.dtype} of shape {found.shape}"
+        )
+    if found.dtype.kind == "u" and len(found) and found.max() > np.iinfo(np.int64).max:
+        row = int(found.argmax())
+        raise ValueError(f"column {name!r} must be of 64 signed bits; row {row} is {found[row]}; number it from 0")
+    return found.astype(np.int64, copy=False)
+
+
+def check_flat(name: str, column: np.ndarray) -> None:
+    """ValueError where a column is no flat array of real numbers."""
+    if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype.kind not in "fiub":
+        found = np.asarray(column)
+        raise ValueError(f"column {name!r} must be a flat array of numbers; got {found.dtype} of shape {found.shape}")
+
+
+def first_unbounded(column: np.ndarray) -> int | None:
+    """The first row whose number is not finite, or so large that its square is none; None where all are good."""
+    good = np.abs(column.astype(float)) <= LARGEST
+    return None if good.all() else int((~good).argmax())
+
+
 def without_absent(column: np.ndarray) -> np.ndarray:
     """The column with 0 where it is absent."""
     found = np.fmax(column, 0.0, dtype=float)
@@ -209,8 +240,14 @@ class TokenTable:
     """A critic's value of the state before each token; ignored where the policy did not write it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "turn", whole_numbers("turn", self.turn))
         written = self.turn[self.turn >= 0]
         rows = len(self.turns.rollout)
+        if len(written) and written.max() >= rows:
+            at = int(self.turn.argmax())
+            raise ValueError(
+                f"tokens must name turns of the table, 0 to {rows - 1}; token {at} names turn {self.turn[at]}"
+            )
         if len(written) == 0 or not np.array_equal(np.unique(written), np.arange(rows)):
             raise ValueError(f"every one of the {rows} turns must have a token; turn {self._missing(written)} has none")
         if (np.diff(written) < 0).any():
@@ -221,8 +258,13 @@ class TokenTable:
         if self.values is not None:
             if len(self.values) != len(self.turn):
                 raise ValueError(f"values must have one entry per token ({len(self.turn)}); got {len(self.values)}")
-            if not np.isfinite(self.values[self.turn >= 0]).all():
-                raise ValueError("values must be finite at every token that the policy wrote")
+            check_flat("values", self.values)
+            row = first_unbounded(np.where(self.turn >= 0, self.values, 0.0))
+            if row is not None:
+                raise ValueError(
+                    f"values must be finite and within ±{LARGEST:g} at every token that the policy wrote; token {row} "
+                    f"has {self.values[row]}"
+                )
 
     def _missing(self, written: TokenKeys) -> int:
         return int(np.setdiff1d(np.arange(len(self.turns.rollout)), written)[0])
@@ -286,11 +328,11 @@ def turn_table(
         group=np.repeat(np.asarray(groups, dtype=np.int64), lengths),
         turn_rewards=_columns(rows, "turn"),
         outcome_rewards=_columns(outcome_rewards, "rollout"),
-        values=None if values is None else np.array(_flat(values, lengths, "values"), dtype=float),
-        bootstrap=None if bootstrap is None else np.array(bootstrap, dtype=float),
+        values=None if values is None else _numbers(_flat(values, lengths, "values"), "values", "turn"),
+        bootstrap=None if bootstrap is None else _numbers(bootstrap, "bootstrap", "rollout"),
         anchor=None if anchors is None else _numbered(_flat(anchors, lengths, "anchors")),
         node=None if nodes is None else _numbered(_flat(nodes, lengths, "nodes")),
-        tokens=None if tokens is None else np.array(_flat(tokens, lengths, "tokens"), dtype=np.int64),
+        tokens=None if tokens is None else _counts(_flat(tokens, lengths, "tokens")),
     )
 
 
@@ -312,7 +354,34 @@ def _columns(rows: Sequence[Mapping[str, float]], what: str) -> dict[str, np.nda
     columns = {name: np.full(len(rows), np.nan) for name in names}
     for i, row in enumerate(rows):
         for name, value in row.items():
-            if not isinstance(value, int | float | np.number) or not np.isfinite(value):
-                raise ValueError(f"rewards must be finite; {name!r} of {what} {i} is {value}")
+            if not _is_number(value):
+                raise ValueError(
+                    f"rewards must be finite and within ±{LARGEST:g}; {name!r} of {what} {i} is {_shown(value)}"
+                )
             columns[name][i] = value
     return columns
+
+
+def _numbers(entries: Sequence[float], name: str, what: str) -> np.ndarray:
+    for i, value in enumerate(entries):
+        if not _is_number(value):
+            raise ValueError(f"{name} must be finite and within ±{LARGEST:g}; {what} {i} has {_shown(value)}")
+    return np.array(entries, dtype=float)
+
+
+def _counts(entries: Sequence[int]) -> TurnKeys:
+    for i, value in enumerate(entries):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value < 2**63:
+            raise ValueError(f"tokens must be whole numbers >= 1; turn {i} has {_shown(value)}; count what was sampled")
+    return np.array(entries, dtype=np.int64)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a real number within bounds; True and False are 1 and 0."""
+    return isinstance(value, int | float | np.integer | np.floating | np.bool_) and bool(-LARGEST <= value <= LARGEST)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 333:
+        return f"a whole number of {value.bit_length()} bits"
+    return str(value)

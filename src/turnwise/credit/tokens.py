@@ -8,21 +8,31 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
-from turnwise.credit.parts import check_number
-from turnwise.credit.table import Rollouts, Tokens, TokenTable, Turns, TurnTable
+from turnwise.credit.parts import check_number, require, require_length
+from turnwise.credit.table import LARGEST, Rollouts, Tokens, TokenTable, Turns, TurnTable
 
 Padded = Float[np.ndarray, "B T"]
 PaddedKeys = Int[np.ndarray, "B T"]
 PaddedFlags = Bool[np.ndarray, "B T"]
+PaddedMask = Shaped[np.ndarray, "B T"]
 Aggregation = Literal["token-mean", "sequence-mean", "turn-mean", "constant"]
 
 
-def turn_ids_from_mask(action: PaddedFlags) -> PaddedKeys:
-    """Which turn each token belongs to, where turns are the runs of sampled tokens between others; -1 elsewhere."""
-    starts = action & ~np.pad(action, ((0, 0), (1, 0)))[:, :-1]
-    return np.where(action, starts.cumsum(1) - 1, -1)
+def turn_ids_from_mask(action: PaddedMask) -> PaddedKeys:
+    """Which turn each token belongs to, where turns are the runs of sampled tokens between others; -1 elsewhere.
+
+    The mask is 1 or True at sampled tokens and 0 or False elsewhere, of any dtype. ValueError for anything else.
+    """
+    found = np.asarray(action)
+    if found.ndim != 2 or found.dtype.kind not in "fiub" or not ((found == 0) | (found == 1)).all():
+        raise ValueError(
+            f"a mask must be (B, T) of 0 and 1; got {found.dtype} of shape {found.shape}; give such a mask"
+        )
+    sampled = found == 1
+    starts = sampled & ~np.pad(sampled, ((0, 0), (1, 0)))[:, :-1]
+    return np.where(sampled, starts.cumsum(1) - 1, -1)
 
 
 def padded_tokens(
@@ -66,11 +76,12 @@ def padded_tokens(
         bootstrap=bootstrap,
         tokens=np.bincount(row[written], minlength=total),
     )
-    kept = written if values is None else written & np.isfinite(values)
+    kept = written if values is None else written & (np.abs(values.astype(float)) <= LARGEST)
     if values is not None and (kept != written).any():
         at = np.argwhere(kept != written)[0].tolist()
         raise ValueError(
-            f"values must be finite at every token that the policy wrote; row {at[0]}, token {at[1]} is not"
+            f"values must be finite and within ±{LARGEST:g} at every token that the policy wrote; row {at[0]}, token "
+            f"{at[1]} is not"
         )
     return TokenTable(turns=turns, turn=row[written], values=None if values is None else values[written])
 
@@ -104,20 +115,23 @@ def _per_turn(name: str, rewards: Padded, owner: PaddedKeys, total: int) -> Turn
 
 def padded(values: Tokens, turn_ids: PaddedKeys) -> Padded:
     """One number per written token back in the padded layout; exactly 0 elsewhere."""
+    written = turn_ids >= 0
     out = np.zeros(turn_ids.shape)
-    out[turn_ids >= 0] = values
+    out[written] = require("values", values, int(written.sum()), what="written token")
     return out
 
 
 def broadcast(table: TokenTable, advantages: Turns) -> Tokens:
     """Each token the advantage of its turn; exactly 0 for tokens that the policy did not write."""
-    return np.where(table.turn >= 0, advantages[table.turn], 0.0)
+    found = require("advantages", advantages, len(table.turns.rollout))
+    return np.where(table.turn >= 0, found[table.turn], 0.0)
 
 
 def turn_means(table: TokenTable, tokens: Tokens) -> Turns:
     """The mean over the tokens that the policy wrote in each turn."""
-    turn = table.turn[table.written]
-    return np.bincount(turn, weights=tokens[table.written]) / np.bincount(turn)
+    require_length("tokens", tokens, len(table.turn), what="token")
+    turn, found = table.turn[table.written], require("tokens", tokens[table.written], len(table.written), what="token")
+    return np.bincount(turn, weights=found) / np.bincount(turn)
 
 
 def loss_weights(table: TokenTable, aggregation: Aggregation, *, length: int | None = None) -> Tokens:

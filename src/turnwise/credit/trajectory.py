@@ -144,10 +144,11 @@ def reinforce_pp_baseline(
 def gdpo(table: TurnTable, *, weights: Mapping[str, float] | None = None, ddof: int = 1, eps: float = 1e-4) -> Credit:
     """GDPO: every reward component is normalised on its own, then they are summed.
 
-        Aᵢ = whiten( Σ_c w_c · z-score of R_c,ᵢ over the group )   with the whitening over all rollouts of the step
+        Sᵢ = Σ_c w_c · z-score of R_c,ᵢ over the group,    Aᵢ = (Sᵢ − mean S) / (std S + eps)   over the step
 
     arXiv 2601.05242. Components are those of the outcome, and those of the turns summed over a rollout; `weights` are
-    1 unless given by name. A component that a rollout does not have counts 0.
+    1 unless given by name. A component that a rollout does not have counts 0. `eps` is added to the standard deviation
+    over all rollouts of the step too, whose ddof is 1 whatever `ddof` says of the groups.
     """
     check_scale(ddof=ddof, eps=eps)
     for name, weight in (weights or {}).items():

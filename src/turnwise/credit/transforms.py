@@ -10,21 +10,13 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float
 
-from turnwise.credit.parts import Credit, check_number, check_unit, turn_index_keys
+from turnwise.credit.parts import Credit, check_number, check_unit, require, turn_index_keys
 from turnwise.credit.table import LARGEST, Rollouts, TurnKeys, Turns, TurnTable
 
 States = Float[np.ndarray, "S"]
+HIGHEST = 200.0
+"""Logarithms above this are of no probability, however it was rounded."""
 Aliases = Float[np.ndarray, "S A"]
-
-
-def require(name: str, column: np.ndarray, length: int, *, what: str = "turn", absent: bool = False) -> None:
-    """ValueError where a column has the wrong length or an entry is not finite; NaN passes with `absent`."""
-    if len(column) != length:
-        raise ValueError(f"{name} must have one entry per {what} ({length}); got {len(column)}; give them all")
-    broken = ~np.isfinite(column) & ~(np.isnan(column) & absent)
-    if broken.any():
-        row = int(broken.argmax())
-        raise ValueError(f"{name} must be finite; {what} {row} has {column[row]}; leave it out or mend it")
 
 
 def after_turns(before: Turns, end: Rollouts, table: TurnTable) -> Turns:
@@ -53,8 +45,8 @@ def potential_shaping(before: Turns, table: TurnTable, *, end: Rollouts | None =
     """
     check_unit(gamma=gamma)
     end = np.zeros(table.num_rollouts) if end is None else end
-    require("before", before, len(table.rollout))
-    require("end", end, table.num_rollouts, what="rollout")
+    before = require("before", before, len(table.rollout))
+    end = require("end", end, table.num_rollouts, what="rollout")
     return gamma * after_turns(before, end, table) - before
 
 
@@ -67,8 +59,8 @@ def information_gain(before: Turns, table: TurnTable, *, end: Rollouts | None = 
     unless `end` gives the state after it; NaN there is absent too. Everything that is paid sums to last s − first s.
     """
     end = np.full(table.num_rollouts, np.nan) if end is None else end
-    require("before", before, len(table.rollout))
-    require("end", end, table.num_rollouts, what="rollout", absent=True)
+    before = require("before", before, len(table.rollout))
+    end = require("end", end, table.num_rollouts, what="rollout", absent=True)
     return after_turns(before, end, table) - before
 
 
@@ -80,7 +72,17 @@ def probability_gain(before: Turns, table: TurnTable, *, end: Rollouts | None = 
     A variant of arXiv 2510.14967 that public code offers. It hardly pays for what is unlikely before and after, where
     `information_gain` pays most.
     """
-    return information_gain(np.exp(before), table, end=None if end is None else np.exp(end))
+    columns = {"before": require("before", before, len(table.rollout))}
+    if end is not None:
+        columns["end"] = require("end", end, table.num_rollouts, what="rollout", absent=True)
+    for name, column in columns.items():
+        large = column > HIGHEST
+        if large.any():
+            row = int(large.argmax())
+            raise ValueError(
+                f"{name} must be log-probabilities, below {HIGHEST:g}; row {row} has {column[row]}; mend it"
+            )
+    return information_gain(np.exp(columns["before"]), table, end=np.exp(columns["end"]) if "end" in columns else None)
 
 
 def alias_potential(logprobs: Aliases) -> States:
@@ -168,7 +170,7 @@ def calibrated_rewards(
     ρ is over turns; and what a round does. The paper's constants are not known, so none has a default. `success` is
     0 or 1 for each rollout.
     """
-    require("success", success, table.num_rollouts, what="rollout")
+    success = require("success", success, table.num_rollouts, what="rollout")
     wrong = np.flatnonzero((success != 0) & (success != 1))
     if len(wrong):
         raise ValueError(f"success must be 0 or 1; rollout {wrong[0]} has {success[wrong[0]]}; decide")

@@ -18,6 +18,7 @@ from turnwise.credit.parts import (
     group_mean,
     numbered,
     on_turns,
+    require,
     reward_to_go,
     varied,
     z_stream,
@@ -70,16 +71,20 @@ def share_weights(table: TurnTable) -> Turns:
 def leaf_weights(table: TurnTable) -> Rollouts:
     """What each leaf counts for among those of its group: the share of the draws that led to it; they sum to 1.
 
-        w = product over the leaf's turns k of 1 / number of turns drawn in the state before turn k
+        w = product over the leaf's turns k of 1 / draws in the state before turn k,  times 1 / draws in its last state
+        draws in a state = number of turns taken in it + number of rollouts that end in it
 
     Under these weights a sum over leaves of what their turns give is an unbiased estimate of its expectation under the
     policy, also where some turns end a rollout and others branch on: a turn drawn as one of c counts 1/c however many
-    leaves lie below it. The plain mean over leaves leans towards turns below which more was drawn.
+    leaves lie below it. An ending is a draw of its own: it counts beside turns that others took from there, and beside
+    other endings. The plain mean over leaves leans towards turns below which more was drawn.
     """
     before, after = states(table)
     different = np.unique(np.stack([before, after]), axis=1)
-    drawn = np.bincount(different[0], minlength=int(before.max()) + 1)
-    weights = np.ones(table.num_rollouts)
+    states_known = int(after.max()) + 1
+    end = after[table.last]
+    drawn = np.bincount(different[0], minlength=states_known) + np.bincount(end, minlength=states_known)
+    weights = 1.0 / drawn[end]
     np.multiply.at(weights, table.rollout, 1.0 / drawn[before])
     return weights
 
@@ -89,6 +94,7 @@ def leaf_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
 
     V(n) = mean of Rᵢ over the leaves below n
     """
+    returns = require("returns", returns, table.num_rollouts, what="rollout")
     before, after = states(table)
     values = np.zeros(after.max() + 1)
     values[after] = _mean(np.repeat(returns, table.lengths), after)
@@ -102,6 +108,7 @@ def child_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
 
     V(leaf) = Rᵢ,    V(n) = mean of V over the children of n
     """
+    returns = require("returns", returns, table.num_rollouts, what="rollout")
     before, after = states(table)
     once, leaves = _once(_first(after)), int(after.max()) + 1 + np.arange(table.num_rollouts)  # the ends of rollouts
     children = np.concatenate([after[once], leaves])
@@ -124,10 +131,12 @@ def child_mean_values(table: TurnTable, returns: Rollouts) -> TreeValues:
     return TreeValues(before=values[before], after=values[after], root=root)
 
 
-def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Stream:
+def sibling_stream(
+    values: Turns, table: TurnTable, *, ddof: int = 1, eps: float = 1e-4, what: str = "reward"
+) -> Stream:
     """What each turn has, as a z-score among its siblings; a shared turn counts once, a turn without siblings gets 0.
 
-    Raises ValueError where rollouts that share a turn do not agree in its value.
+    `what` says in an error what the values are. Raises ValueError where rollouts that share a turn do not agree in its value.
     """
     check_scale(ddof=ddof, eps=eps)
     before, after = states(table)
@@ -136,7 +145,7 @@ def sibling_stream(values: Turns, table: TurnTable, *, ddof: int = 1, eps: float
     if odd.any():
         row, other = int(odd.argmax()), int(first[odd.argmax()])
         raise ValueError(
-            f"rollouts that share a turn must agree in its reward; rows {other} and {row} share one and have "
+            f"rollouts that share a turn must agree in its {what}; rows {other} and {row} share one and have "
             f"{values[other]} and {values[row]}; give them one reward or two nodes"
         )
     once = _once(first)
@@ -220,7 +229,8 @@ def slate(table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Credit:
     arXiv 2602.23440. The score is the turn's reward, with the outcome in a rollout's last turn. Continuations that were
     scored and not followed are rollouts that end there. ddof and eps are ours.
     """
-    siblings = sibling_stream(table.reward(), table, ddof=ddof, eps=eps)
+    what = "reward, to which the outcome is added in a rollout's last turn"
+    siblings = sibling_stream(table.reward(), table, ddof=ddof, eps=eps, what=what)
     return Credit(advantages=siblings.advantage, streams={"siblings": siblings})
 
 

@@ -13,8 +13,17 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from turnwise.credit import Credit, TurnTable
+from turnwise.credit.parts import check_number
 from turnwise.credit.table import RolloutKeys, Rollouts, TurnKeys, Turns
-from turnwise.lab.process import Logits, TurnProcess, action_probabilities, action_scores, choice_probabilities
+from turnwise.lab.process import (
+    Choices,
+    Logits,
+    TurnProcess,
+    action_log_probabilities,
+    action_probabilities,
+    action_scores,
+    choice_probabilities,
+)
 
 Estimator = Callable[[TurnTable], Credit]
 """Any function from the turn table to one advantage per turn."""
@@ -68,8 +77,8 @@ def solve(process: TurnProcess, logits: Logits) -> Solution:
     for k in range(process.max_turns - 1, -1, -1):
         q[k] = (process.transition * (process.turn_reward + v[k + 1])).sum(-1)
         v[k] = np.where(process.terminal, process.outcome, (policy * q[k]).sum(-1))
-    chosen = policy[:, :, None] * process.through
-    token_q = np.einsum("ksa,sap->kp", q, chosen) / chosen.sum((0, 1))
+    chosen = _shares(process, logits)
+    token_q = np.einsum("ksa,sap->kp", q, chosen)
     alternatives = process.decision[:, None] == process.decision
     token_v = (token_q * choice_probabilities(process, logits)) @ alternatives
     return Solution(
@@ -79,6 +88,17 @@ def solve(process: TurnProcess, logits: Logits) -> Solution:
         token_q=token_q,
         token_advantage=token_q - token_v,
     )
+
+
+def _shares(process: TurnProcess, logits: Logits) -> Choices:
+    """The probability of each action where its words so far are chosen: π(a|s) over the sum of those that share them.
+
+    From logarithms, since the probabilities themselves may all be too small for numbers.
+    """
+    through = process.through > 0
+    logs = np.where(through, action_log_probabilities(process, logits)[:, :, None], -np.inf)
+    powers = np.exp(logs - logs.max((0, 1)))
+    return powers / powers.sum((0, 1))
 
 
 def expected_return(process: TurnProcess, logits: Logits) -> float:
@@ -264,10 +284,12 @@ def group_gradient(
     `ordered`, one by one. Where there are more than `limit`, `samples` groups are drawn instead, the same ones for
     every estimator and equal `seed`. Thousands of groups share one table; `per_group` gives each its own, for
     estimators that look beyond a group, as whitening does, and is then the step of that one group.
-    Raises ValueError where an estimator needs `per_group` or `ordered` and they are not given.
+    Raises ValueError where an estimator needs `per_group` or `ordered` and they are not given, and for fewer than two
+    samples, which have no covariance.
     """
-    if group_size < 1:
-        raise ValueError(f"group_size must be 1 or more; got {group_size}")
+    check_number("group_size", group_size, 1, whole=True)
+    check_number("limit", limit, 0, whole=True)
+    check_number("samples", samples, 2, whole=True)
     rollouts = all_rollouts(process, logits)
     size = len(rollouts.probability)
     exact = (size**group_size if ordered else math.comb(size + group_size - 1, group_size)) <= limit

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from turnwise.credit.parts import check_number, check_unit
+from turnwise.credit.table import LARGEST
 from turnwise.lab.process import Logits, Move, TurnProcess, logit_table, turn_process
 
 Problem = tuple[TurnProcess, Logits]
@@ -14,6 +16,8 @@ def stop_or_go(*, turns: int = 3, noise: float = 0.2) -> Problem:
     The search that finds pays 0.4, any other costs 0.1. The answer is worth 1 after a find and 0.2 before it; who is
     cut off after `turns` turns gets 0.
     """
+    check_number("turns", turns, 1, whole=True)
+    check_unit(noise=noise)
     process = turn_process(
         {"nothing": 1.0},
         {
@@ -34,6 +38,8 @@ def ragged(*, turns: int = 3, ends: float = 0.3) -> Problem:
 
     Working well pays 0.3 and leaves the work in order: worth 1 at the end, half of that where it is cut off.
     """
+    check_number("turns", turns, 1, whole=True)
+    check_unit(ends=ends)
 
     def after(state: str, reward: float) -> list[Move]:
         return [(1 - ends, state, reward), (ends, f"left {state}", reward)]
@@ -54,6 +60,7 @@ def stochastic_tool(*, noise: float = 0.2) -> Problem:
     A precise query brings evidence unless the tool is wrong, a vague one only if it is; evidence pays 0.5. Reading
     evidence is right, reading anything else is not, and guessing is right in three of ten.
     """
+    check_unit(noise=noise)
     guess: list[Move] = [(0.3, "right", 0.0), (0.7, "wrong", 0.0)]
     process = turn_process(
         {"question": 1.0},
@@ -76,6 +83,7 @@ def revisits(*, turns: int = 4) -> Problem:
 
     The outcome is 1 behind the third room, and 0 for who is not there after `turns` turns.
     """
+    check_number("turns", turns, 1, whole=True)
     process = turn_process(
         {"room 1": 1.0},
         {
@@ -130,6 +138,8 @@ def decoy() -> Problem:
 
 def one_decisive_turn(*, turns: int = 4, reward: float = 0.5) -> Problem:
     """Of `turns` turns only the one in the middle matters: it decides the outcome, and pays `reward` if right."""
+    check_number("turns", turns, 1, whole=True)
+    check_number("reward", reward, -LARGEST)
     decisive = (turns + 1) // 2
     moves: dict[str, dict[str, list[Move]]] = {}
     for k in range(1, turns + 1):
@@ -145,6 +155,8 @@ def one_decisive_turn(*, turns: int = 4, reward: float = 0.5) -> Problem:
 
 def sparse(*, turns: int = 3, paying: int = 0) -> Problem:
     """The outcome is 1 where every turn was right, and 0 otherwise; the first `paying` right turns pay 1 / `turns`."""
+    check_number("turns", turns, 1, whole=True)
+    check_number("paying", paying, 0, turns, whole=True)
     moves: dict[str, dict[str, list[Move]]] = {}
     for k in range(1, turns + 1):
         for state in ("clean", "spoiled") if k > 1 else ("clean",):

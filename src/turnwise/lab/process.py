@@ -11,6 +11,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from turnwise.credit.parts import check_number
+from turnwise.credit.table import LARGEST
+
 States = Float[np.ndarray, "S"]
 """One number per state."""
 StateFlags = Bool[np.ndarray, "S"]
@@ -49,8 +52,7 @@ class TurnProcess:
     """How many turns a rollout has at most."""
 
     def __post_init__(self) -> None:
-        if self.max_turns < 1:
-            raise ValueError(f"max_turns must be 1 or more; got {self.max_turns}")
+        check_number("max_turns", self.max_turns, 1, whole=True)
         for name in ("start", "transition", "turn_reward", "outcome"):
             if not np.isfinite(getattr(self, name)).all():
                 row = np.argwhere(~np.isfinite(getattr(self, name)))[0].tolist()
@@ -186,18 +188,30 @@ def choice_probabilities(process: TurnProcess, logits: Logits) -> Logits:
 
     p = exp(logit) / Σ exp(logit)   over the choices of one decision
     """
-    if len(logits) != len(process.choices) or not np.isfinite(logits).all():
-        raise ValueError(f"logits must be {len(process.choices)} finite numbers, one per choice; got {logits.tolist()}")
+    return np.exp(choice_log_probabilities(process, logits))
+
+
+def choice_log_probabilities(process: TurnProcess, logits: Logits) -> Logits:
+    """Their logarithms, which are finite also where the probability is too small for a number."""
+    if len(logits) != len(process.choices) or not (np.abs(logits) <= LARGEST).all():
+        raise ValueError(
+            f"logits must be {len(process.choices)} finite numbers within ±{LARGEST:g}, one per choice; got "
+            f"{logits.tolist()}"
+        )
     highest = np.full(int(process.decision.max()) + 1, -np.inf)
     np.maximum.at(highest, process.decision, logits)
-    powers = np.exp(logits - highest[process.decision])
-    return powers / np.bincount(process.decision, weights=powers)[process.decision]
+    centred = logits - highest[process.decision]
+    return centred - np.log(np.bincount(process.decision, weights=np.exp(centred)))[process.decision]
 
 
 def action_probabilities(process: TurnProcess, logits: Logits) -> Actions:
     """The probability of each action in each state: the product over its tokens; 0 where there is no such action."""
-    log_probabilities = process.through @ np.log(choice_probabilities(process, logits))
-    return np.where(process.through.any(-1), np.exp(log_probabilities), 0.0)
+    return np.where(process.through.any(-1), np.exp(action_log_probabilities(process, logits)), 0.0)
+
+
+def action_log_probabilities(process: TurnProcess, logits: Logits) -> Actions:
+    """The sum over each action's tokens; 0 where there is no such action."""
+    return process.through @ choice_log_probabilities(process, logits)
 
 
 def action_scores(process: TurnProcess, logits: Logits) -> Choices:
