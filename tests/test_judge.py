@@ -482,7 +482,7 @@ def test_a_judges_own_strange_text_does_no_harm(serve, tmp_path):
         ({"judge_url": "http://host/v1?key=1", "judge_model": "m"}, "judge-url must be"),
         ({"judge_url": "http://host:port/v1", "judge_model": "m"}, "judge-url must be"),
         ({"judge_url": "http://[::1/v1", "judge_model": "m"}, "judge-url must be"),
-        ({"judge_url": 5, "judge_model": "m"}, "judge-url must be"),
+        ({"judge_url": 5, "judge_model": "m"}, "judge-url in file must be a text"),
         ({"judge_url": "http://host/v1"}, "judge-model must name"),
         (
             {"judge_url": "http://host/v1", "judge_model": "m", "judge_key_env": "sk-1"},

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import random
 import re
 
@@ -49,6 +50,7 @@ def demonstrator(chains: ChainSource, habits: SearchHabits) -> SearchDemonstrato
     return SearchDemonstrator(chains.subjects, habits)
 
 
+@functools.cache
 def verne() -> Chain:
     """The birthplace of the author of From the Earth to the Moon."""
     (task,) = [

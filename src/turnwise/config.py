@@ -408,7 +408,8 @@ def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
     kinds = typing.get_args(kind) or (kind,)  # of str | None, of Literal["own", "shared"]
     text = Path in kinds or str in kinds or all(isinstance(choice, str) for choice in kinds)
     if text and not isinstance(value, str) and not (value is None and types.NoneType in kinds):
-        raise ConfigError(f"{name} in {source} must be a text; got {value!r}; write it in quotes")
+        option = name.replace("_", "-")
+        raise ConfigError(f"{option} in {source} must be a text; got {value!r}; write it in quotes")
     if Path in kinds and value is not None:
         return Path(value)
     return tuple(value) if name == "branches" and isinstance(value, list) else value
