@@ -76,10 +76,10 @@ def test_paths_weights_and_names_survive_json():
         ("tasks", 5, "tasks in file must be a text; got 5"),
         ("corpus", ["a"], r"corpus in file must be a text; got \['a'\]"),
         ("policy", 7, "policy in file must be a text; got 7"),
-        ("validation_tasks", 3, "validation_tasks in file must be a text; got 3"),
+        ("validation_tasks", 3, "validation-tasks in file must be a text; got 3"),
         ("estimator", 1, "estimator in file must be a text; got 1"),
         ("protocol", 1, "protocol in file must be a text; got 1"),
-        ("judge_url", 1, "judge_url in file must be a text; got 1"),
+        ("judge_url", 1, "judge-url in file must be a text; got 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_name_and_value(option: str, value: object, message: str):
