@@ -136,22 +136,38 @@ def searching(arm: str, seed: int, exact_match: list[float]) -> dict:
     """A run of ten steps under protocol `search`: a step more searches each, every other one useful."""
     curve = {"exact_match": exact_match, "searches": [1.0 + i for i in range(10)]}
     curve |= {"useful_searches": [0.5] * 10, "redundant_searches": [None, *[0.25] * 9]}
+    curve |= {"explained_variance": [0.25] * 10, "sampled_tokens": [1250.0 * (1 + i) for i in range(10)]}
     metrics = {"exact_match": {"mean": 0.5}, "f1": {"mean": 0.5}, "searches": {"mean": 2.0}}
     return {"arm": arm, "seed": seed, "evaluations": {"held-out-greedy": metrics}, "curve": curve}
 
 
 def test_searches_are_shown_over_training_and_collapsed_runs_are_named() -> None:
-    steady, lost = [0.1 * i for i in range(10)], [0.0, 0.2, 0.6, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.3]
+    steady, lost = [0.2 * (i // 2) for i in range(10)], [0.0, 0.2, 0.6, 0.8, 0.6, 0.6, 0.3, 0.3, 0.1, 0.3]
     found = result()
     found["config"] |= {"protocol": "search", "token_budget": 12_000}
+    found["arms"] = {"mt-ppo": {"estimator": "mt-ppo"}, "ppo-or": {"estimator": "ppo-or", "reward_weights": {}}}
     found["start"]["evaluations"] = {"held-out-greedy": searching("", 0, steady)["evaluations"]["held-out-greedy"]}
     found["runs"] = [searching("mt-ppo", 0, steady), searching("ppo-or", 0, steady), searching("ppo-or", 1, lost)]
     lines = compare.markdown(found).splitlines()
     assert "| MT-PPO | 1 | - | - | 2.000 | - | - | 0.500 | 0.500 |" in lines  # what a run does not have is a dash
-    #  searches 1, 5, 10; exact match of both seeds: (0 + 0) / 2, (.4 + .6) / 2, (.9 + .3) / 2
-    assert "| PPO-OR | 1.00 | 5.00 | 10.00 | 0.50 | 0.50 | 0.50 | 0.25 | 0.25 | 0.25 | 0.00 | 0.50 | 0.60 |" in lines
-    assert any(line.startswith("Collapsed") and line.endswith(": PPO-OR seed 1.") for line in lines)  # .3 < .8 / 2
+    #  fifths of two steps. Searches: (1 + 2) / 2, (5 + 6) / 2, (9 + 10) / 2; exact match of both seeds: (0 + .1) / 2,
+    #  (.4 + .6) / 2, (.8 + .2) / 2
+    assert "| PPO-OR | 1.50 | 5.50 | 9.50 | 0.50 | 0.50 | 0.50 | 0.25 | 0.25 | 0.25 | 0.05 | 0.50 | 0.50 |" in lines
+    assert any(line.startswith("Collapsed") and line.endswith(": PPO-OR seed 1.") for line in lines)  # .2 < .7 / 2
+    assert "* PPO-OR: 10 steps, 12,500 sampled tokens; explained variance at the end 0.25; reward_weights {}" in lines
+    assert "* MT-PPO: 10 steps, 12,500 sampled tokens; explained variance at the end 0.25" in lines
     assert lines[-1].startswith("12,000 sampled tokens, 3 questions x 4 rollouts a step; ")
+
+
+def test_a_run_that_no_longer_uses_the_tool_has_collapsed() -> None:
+    #  fifths of one step; exact match was never there to lose
+    assert compare.has_collapsed({"exact_match": [0.1] * 5, "tool_execution": [0.4, 0.6, 0.5, 0.4, 0.2]})
+    assert not compare.has_collapsed({"exact_match": [0.1] * 5, "tool_execution": [0.4, 0.6, 0.5, 0.4, 0.3]})
+
+
+def test_a_short_run_has_as_many_parts_as_steps() -> None:
+    assert compare._parts([0.25, None, 0.75]) == [0.25, 0.75]
+    assert compare._parts([float(i) for i in range(12)]) == [0.5, 2.5, 5.0, 7.5, 10.0]  # of 2, 2, 3, 2 and 3 steps
 
 
 def test_a_step_without_live_rollouts_has_no_entropy_in_the_curve(tmp_path: Path) -> None:

@@ -319,3 +319,20 @@ def test_a_checkpoint_brings_back_the_critic_and_its_optimiser(policy: Policy, t
     (folder / "critic.safetensors").write_bytes(b"torn")
     with pytest.raises(RunError, match="must hold the critic"):
         load_critic(again, folder)
+
+
+@pytest.mark.parametrize(("method", "exact", "after"), [("mt-ppo", [0.8, 0.5, 0.5], 0.5), ("ppo-mr", [0.8] * 3, 0.8)])
+def test_a_cut_rollout_is_paid_once_wherever_rewards_are_paid(method: str, exact: list[float], after: float):
+    """Turn 1 of one token earned .3; turn 2 was cut after two, with .5 still to come.
+
+    Exact values are what is still to be paid: .3 + .5 before turn 1, and after it .5 where .3 has been paid, .8 where
+    all is paid at the end. With them every advantage is 0. The outcome, and what a judge says of the turn that was cut,
+    are not paid.
+    """
+    cut = dataclasses.replace(
+        played(0, 1, 2, stop="max_tokens", outcome=-1.0), turn_rewards=({"found": 0.3}, {"judge_turn": -1.0})
+    )
+    values = np.array(exact)[:, None]
+    table = critic_table([cut], [values], np.array([[after]]), at_end=method == "ppo-mr")
+    credit = critic_credit(TrainConfig(estimator=method, whiten=False), table, values)
+    assert_allclose(credit.advantages, 0, atol=1e-12)

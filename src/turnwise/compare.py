@@ -1,6 +1,7 @@
 """Methods side by side: the same weights, the same questions in the same order, the same budget, several seeds."""
 
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -387,9 +388,9 @@ _PROGRESS = (
 )
 EARLY_STEPS = (2, 4, 6, 8, 10, 15, 20, 30, 60, 100, 200)
 """Where the columns of the table over steps end."""
-TENTH = 0.1
+PARTS = 5
 COLLAPSED = 0.5
-"""A run has collapsed where its last tenth answers less than this share of what its best tenth answered."""
+"""A run has collapsed where its last fifth has less than this share of what its best fifth had."""
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -415,6 +416,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     shown = _progress if columns is _COLUMNS["search"] else _early_steps
     lines += shown(methods, runs)
     lines += _collapses(runs)
+    if result["config"].get("token_budget"):
+        lines += _budgets(methods, result)
     budget = result["config"].get("token_budget")
     length = f"{budget:,} sampled tokens" if budget else f"{result['config']['steps']} steps"
     lines.append(
@@ -455,32 +458,38 @@ def _early_steps(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> l
 
 
 def _progress(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of what training rollouts did in the first, the fifth and the last tenth of the steps."""
+    """A table of what training rollouts did in the first, the middle and the last fifth of the steps."""
     if not all(key in r.get("curve", {}) for r in runs for _, key in _PROGRESS):
         return []
     titles = [f"{title}, {when}" for title, _ in _PROGRESS for when in ("first", "middle", "last")]
-    lines = ["## training rollouts, by tenths of the run", "", "| method | " + " | ".join(titles) + " |"]
+    lines = ["## training rollouts, by fifths of the run", "", "| method | " + " | ".join(titles) + " |"]
     lines.append("|---|" + "---|" * len(titles))
     for method in methods:
         curves = [r["curve"] for r in runs if r["arm"] == method]
-        cells = [
-            f"{sum(_tenths(c[key])[i] for c in curves) / len(curves):.2f}" for _, key in _PROGRESS for i in (0, 4, -1)
-        ]
+        stages = [[_stages(curve[key]) for curve in curves] for _, key in _PROGRESS]
+        cells = [f"{sum(values) / len(values):.2f}" for each in stages for values in zip(*each, strict=True)]
         lines.append(f"| {method.upper()} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _tenths(values: Sequence[float | None]) -> list[float]:
-    """The mean of each tenth of a curve, of at least one step."""
+def _parts(values: Sequence[float | None]) -> list[float]:
+    """The means of a curve's five equal parts; of fewer where it is shorter."""
     known = [value for value in values if value is not None]
-    size = max(1, round(TENTH * len(known)))
-    return [sum(part) / len(part) for i in range(0, len(known), size) if (part := known[i : i + size])]
+    ends = sorted({len(known) * i // PARTS for i in range(PARTS + 1)})
+    return [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(ends)]
+
+
+def _stages(values: Sequence[float | None]) -> tuple[float, float, float]:
+    """The first, the middle and the last part."""
+    parts = _parts(values)
+    return parts[0], parts[(len(parts) - 1) // 2], parts[-1]
 
 
 def has_collapsed(curve: Mapping[str, Sequence[float | None]]) -> bool:
-    """Whether a run lost, by its end, half of the exact match that its best tenth of steps had, or more."""
-    tenths = _tenths(curve["exact_match"])
-    return tenths[-1] < COLLAPSED * max(tenths)
+    """Whether a run lost, by the last fifth of its steps, half or more of what its best fifth had, in exact match or in
+    rollouts that executed the tool."""
+    parts = [_parts(curve[name]) for name in ("exact_match", "tool_execution") if name in curve]
+    return any(part[-1] < COLLAPSED * max(part) for part in parts if part)
 
 
 def _collapses(runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -488,10 +497,25 @@ def _collapses(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     lost = [f"{r['arm'].upper()} seed {r['seed']}" for r in runs if "curve" in r and has_collapsed(r["curve"])]
     if not lost:
         return []
-    return [
-        f"Collapsed (the last tenth of the steps answered less than half of what the best did): {', '.join(lost)}.",
-        "",
-    ]
+    rule = "exact match or tool use of the last fifth of the steps less than half of the best fifth's"
+    return [f"Collapsed ({rule}): {', '.join(lost)}.", ""]
+
+
+def _budgets(methods: Sequence[str], result: Mapping[str, Any]) -> list[str]:
+    """A line for each method that says how far its runs went, and which options were its own."""
+    lines = []
+    for method in methods:
+        curves = [r["curve"] for r in result["runs"] if r["arm"] == method and "sampled_tokens" in r.get("curve", {})]
+        if not curves:
+            return []
+        tokens = sum(curve["sampled_tokens"][-1] for curve in curves) / len(curves)
+        steps = sum(len(curve["sampled_tokens"]) for curve in curves) / len(curves)
+        explained = [_parts(curve["explained_variance"])[-1] for curve in curves if "explained_variance" in curve]
+        critic = f"; explained variance at the end {sum(explained) / len(explained):.2f}" if explained else ""
+        own = {name: value for name, value in result.get("arms", {}).get(method, {}).items() if name != "estimator"}
+        said = "; " + ", ".join(f"{name} {value}" for name, value in own.items()) if own else ""
+        lines.append(f"* {method.upper()}: {steps:.0f} steps, {tokens:,.0f} sampled tokens{critic}{said}")
+    return ["Means over seeds; a run ends with the step that reaches its budget.", "", *lines, ""]
 
 
 def _range(values: Sequence[float]) -> str:

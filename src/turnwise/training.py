@@ -424,7 +424,7 @@ def credit_rollouts(
     rows = [rollout_row(r, [0.0] * len(r.turns), [True] * len(r.turns)) for r in rollouts]
     cut = [r.stop == "max_tokens" for r in rollouts]
     values, after = step_values(critic, rows, cut, max_tokens=config.micro_batch_tokens, pad_id=pad_id, at_once=at_once)
-    tokens = critic_table(rollouts, values, after)
+    tokens = critic_table(rollouts, values, after, at_end=config.estimator in PAID_AT_END)
     found = critic_credit(config, tokens, np.concatenate(values).astype(float))
     bounds = np.cumsum([len(own) for own in values])[:-1]
     parts = zip(rollouts, rows, values, *(np.split(x, bounds) for x in (found.advantages, found.returns)), strict=True)
@@ -447,16 +447,34 @@ def credit_rollouts(
     )
 
 
-def critic_table(rollouts: Sequence[Rollout], values: Sequence[np.ndarray], after: np.ndarray) -> TokenTable:
+PAID_AT_END = ("ppo-mr", "mt-ppo-paid-at-end")
+"""The methods that pay turn rewards at a rollout's end."""
+
+
+def _paid_when_cut(rollout: Rollout, *, at_end: bool) -> Rollout:
+    """A rollout that a token budget cut off, with what it has been paid by then.
+
+    Not the outcome, nor the rewards of the turn that was cut; and nothing where turn rewards are paid at the end, which
+    the value of the last state stands for.
+    """
+    earned = () if at_end else rollout.turn_rewards[:-1]
+    unpaid = ({},) * (len(rollout.turn_rewards) - len(earned))
+    return dataclasses.replace(rollout, turn_rewards=(*earned, *unpaid), outcome_rewards={})
+
+
+def critic_table(
+    rollouts: Sequence[Rollout], values: Sequence[np.ndarray], after: np.ndarray, *, at_end: bool = False
+) -> TokenTable:
     """The token table of scored rollouts with a critic's values, and in it the turn table with its own.
 
     `values` (n, heads) are those of each rollout's sampled tokens, `after` (R, heads) those of the states in which
-    rollouts were cut off. The first head values tokens, the last one turns, at their first tokens. A rollout that a
-    token budget cut off goes on with the value of its last state and is not paid its outcome: what it would have earned
-    is unknown, and a limit that the policy cannot see must not be taken for the end of the task (Pardo et al. 2018,
-    arXiv 1712.00378). One that used up its turns is paid and does not go on: that limit is part of the task.
+    rollouts were cut off; `at_end` says that turn rewards are paid at the end. The first head values tokens, the last
+    one turns, at their first tokens. A rollout that a token budget cut off goes on with the value of its last state and
+    is not paid its outcome: what it would have earned is unknown, and a limit that the policy cannot see must not be
+    taken for the end of the task (Pardo et al. 2018, arXiv 1712.00378). One that used up its turns is paid and does not
+    go on: that limit is part of the task.
     """
-    paid = [dataclasses.replace(r, outcome_rewards={}) if r.stop == "max_tokens" else r for r in rollouts]
+    paid = [_paid_when_cut(r, at_end=at_end) if r.stop == "max_tokens" else r for r in rollouts]
     tokens = token_table(rollout_table(paid))
     own = np.concatenate(values).astype(float)
     turns = dataclasses.replace(
