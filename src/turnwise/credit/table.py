@@ -378,7 +378,8 @@ def _counts(entries: Sequence[int]) -> TurnKeys:
 
 def is_number(value: object) -> bool:
     """Whether it is a real number within bounds; True and False are 1 and 0."""
-    return isinstance(value, int | float | np.integer | np.floating | np.bool_) and bool(-LARGEST <= value <= LARGEST)
+    own = value.item() if isinstance(value, np.generic) else value  # the bound is too large for single precision
+    return isinstance(own, int | float) and -LARGEST <= own <= LARGEST
 
 
 def shown(value: object) -> str:
