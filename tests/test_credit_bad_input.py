@@ -87,6 +87,7 @@ def test_a_number_is_a_real_one_within_bounds(bad: object):
 
 def test_a_whole_number_is_no_fraction_and_a_flag_is_true_or_false():
     check_number("x", np.int8(1), 0, 1, whole=True)
+    check_number("x", np.float32(1), 0)
     with pytest.raises(ValueError, match=r"x must be a whole number in \[0, 1\]; got 0\.5"):
         check_number("x", 0.5, 0, 1, whole=True)
     check_flag("x", np.True_)

@@ -139,3 +139,23 @@ def test_those_that_give_one_number_per_rollout_are_named(name: str):
 def test_names_of_turns_and_tokens_do_not_collide():
     assert not set(ESTIMATORS) & set(TOKEN_ESTIMATORS)
     assert set(NEEDS) <= set(ESTIMATORS)
+
+
+def test_a_method_that_refuses_the_rollouts_is_left_out_with_a_note_unless_it_was_asked_for(tmp_path: Path, capsys):
+    """Two rollouts share their first turn, where one ends: SLATE would pay that turn two outcomes."""
+    path = tmp_path / "tree.jsonl"
+    lines = [
+        {"group": "q", "turns": [{"node": 0}], "outcome": {"right": 1}},
+        {"group": "q", "turns": [{"node": 0}, {"node": 1}], "outcome": {"right": 0}},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["credit", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "slate is left out: the rollouts must suit slate; rollouts that share a turn must agree in its reward" in shown
+    )
+    assert "mt-grpo" in shown
+    assert main(["credit", str(path), "--methods", "slate"]) == 2
+    error = capsys.readouterr().err
+    assert "to which the outcome is added in a rollout's last turn" in error
+    assert error.count("\n") == 1

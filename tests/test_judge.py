@@ -155,7 +155,7 @@ def by_kind(turn: str, outcome: str) -> Callable[[dict[str, Any], int], str]:
         "[0.3, 1.0]",
         "The search is good, the answer right.\n[0.3, 1]",
         "Scores:\n```json\n[0.3, 1.0]\n```\n",
-        "**[0.3,\n 1.0]** is my verdict",
+        "My verdict is **[0.3,\n 1.0]**.",
         "Turn [1] was a search; at first I thought [0.1, 1.0], but: [0.3, 1.0]",
     ],
 )
@@ -166,10 +166,11 @@ def test_the_last_list_of_a_reply_is_its_scores(reply: str):
 @pytest.mark.parametrize(
     ("reply", "fault"),
     [
-        ("", "it holds none"),
-        ("0.3, 1.0", "it holds none"),
-        ("[0.3", "it holds none"),
-        ("[" * 5000, "it holds none"),
+        ("", "it does not"),
+        ("[0.3, 1.0]\nThe document numbered [1] says otherwise.", "it does not"),
+        ("0.3, 1.0", "it does not"),
+        ("[0.3", "it does not"),
+        ("[" * 5000, "it does not"),
         ("[0.3]", "must hold 2 numbers; it holds 1"),
         ("[0.3, 0, 1]", "must hold 2 numbers; it holds 3"),
         ("[[0.3, 1.0]]", "must hold 2 numbers; it holds 1"),
@@ -292,14 +293,14 @@ def test_a_second_bad_reply_is_absent_and_not_kept(serve, tmp_path):
 def test_an_answer_of_another_shape_is_a_bad_reply(serve, tmp_path, answer: bytes):
     judge = serve(lambda *_: (200, answer, {}))
     (found,) = ask(asks(judge, tmp_path), a_rollout())
-    assert found.error == "turn: unusable reply: it must end with a JSON list; it holds none"
+    assert found.error == "turn: unusable reply: it must end with a JSON list; it does not"
 
 
 def test_one_kind_may_be_absent_without_the_other(serve, tmp_path):
     judge = serve(by_kind("[0.3, 1.0]", "no"))
     (found,) = ask(asks(judge, tmp_path, outcome=True), a_rollout())
     assert (found.turn_scores, found.outcome_score) == ((0.3, 1.0), None)
-    assert found.error == "outcome: unusable reply: it must end with a JSON list; it holds none"
+    assert found.error == "outcome: unusable reply: it must end with a JSON list; it does not"
 
 
 @pytest.mark.parametrize("first", [(429, b"slow down", {"Retry-After": "0"}), (503, b"", {}), None])

@@ -303,10 +303,10 @@ def _meaning(kind: Kind, count: int) -> str:
 
 
 def scores_in(reply: str, count: int, lowest: float) -> tuple[float, ...]:
-    """The numbers of the last JSON list in a reply. ValueError unless they are `count` numbers in [lowest, 1]."""
+    """The numbers of the JSON list that ends a reply. ValueError unless they are `count` numbers in [lowest, 1]."""
     found = _last_list(reply[-TAIL:])
     if found is None:
-        raise ValueError("it must end with a JSON list; it holds none")
+        raise ValueError("it must end with a JSON list; it does not")
     if len(found) != count:
         raise ValueError(f"its list must hold {count} numbers; it holds {len(found)}")
     return _checked_scores(found, lowest)
@@ -321,14 +321,18 @@ def _checked_scores(values: Sequence[Any], lowest: float) -> tuple[float, ...]:
 
 
 def _last_list(text: str) -> list[Any] | None:
-    decoder, place, last = json.JSONDecoder(), text.find("["), None
+    """The list that a text ends with; only marks may follow it, such as the end of a fence."""
+    decoder, place = json.JSONDecoder(), text.find("[")
     while place >= 0:
         try:
-            last, end = decoder.raw_decode(text, place)
+            found, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):
             end = place + 1
+        else:
+            if not re.search(r"\w|\[", text[end:]):
+                return found
         place = text.find("[", end)
-    return last
+    return None
 
 
 def _short(text: str, length: int = 200) -> str:

@@ -75,7 +75,8 @@ def _runaway_turns(history: History) -> str | None:
         return None
     return (
         f"searching runs away: for {STEPS} steps nine of ten rollouts used every turn, while exact match stood at "
-        f"{right:.0%}; charge for calls (a negative turn reward in --rewards), or lower --max-turns"
+        f"{right:.0%}; charge for calls (search_penalty in --reward-weights, or a negative turn reward in "
+        "--rewards), or lower --max-turns"
     )
 
 

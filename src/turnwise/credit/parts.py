@@ -46,8 +46,8 @@ def check_number(
     name: str, value: object, low: int | float, high: int | float = LARGEST, *, whole: bool = False
 ) -> None:
     """ValueError where a parameter is no number from `low` to `high`, or with `whole` no whole one."""
-    kinds = int | np.integer if whole else int | float | np.integer | np.floating
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    own = value.item() if isinstance(value, np.generic) else value  # the bound is too large for single precision
+    if isinstance(own, bool) or not isinstance(own, int if whole else int | float) or not low <= own <= high:
         bounds = f">= {low:g} and finite" if high == LARGEST else f"in [{low:g}, {high:g}]"
         raise ValueError(
             f"{name} must be {'a whole number ' if whole else ''}{bounds}; got {value!r}; give one that is"

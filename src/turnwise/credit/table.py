@@ -354,9 +354,9 @@ def _columns(rows: Sequence[Mapping[str, float]], what: str) -> dict[str, np.nda
     columns = {name: np.full(len(rows), np.nan) for name in names}
     for i, row in enumerate(rows):
         for name, value in row.items():
-            if not _is_number(value):
+            if not is_number(value):
                 raise ValueError(
-                    f"rewards must be finite and within ±{LARGEST:g}; {name!r} of {what} {i} is {_shown(value)}"
+                    f"rewards must be finite and within ±{LARGEST:g}; {name!r} of {what} {i} is {shown(value)}"
                 )
             columns[name][i] = value
     return columns
@@ -364,24 +364,25 @@ def _columns(rows: Sequence[Mapping[str, float]], what: str) -> dict[str, np.nda
 
 def _numbers(entries: Sequence[float], name: str, what: str) -> np.ndarray:
     for i, value in enumerate(entries):
-        if not _is_number(value):
-            raise ValueError(f"{name} must be finite and within ±{LARGEST:g}; {what} {i} has {_shown(value)}")
+        if not is_number(value):
+            raise ValueError(f"{name} must be finite and within ±{LARGEST:g}; {what} {i} has {shown(value)}")
     return np.array(entries, dtype=float)
 
 
 def _counts(entries: Sequence[int]) -> TurnKeys:
     for i, value in enumerate(entries):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value < 2**63:
-            raise ValueError(f"tokens must be whole numbers >= 1; turn {i} has {_shown(value)}; count what was sampled")
+            raise ValueError(f"tokens must be whole numbers >= 1; turn {i} has {shown(value)}; count what was sampled")
     return np.array(entries, dtype=np.int64)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Whether it is a real number within bounds; True and False are 1 and 0."""
-    return isinstance(value, int | float | np.integer | np.floating | np.bool_) and bool(-LARGEST <= value <= LARGEST)
+    own = value.item() if isinstance(value, np.generic) else value  # the bound is too large for single precision
+    return isinstance(own, int | float) and -LARGEST <= own <= LARGEST
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 333:
         return f"a whole number of {value.bit_length()} bits"
     return str(value)

@@ -136,8 +136,7 @@ def sibling_stream(
 ) -> Stream:
     """What each turn has, as a z-score among its siblings; a shared turn counts once, a turn without siblings gets 0.
 
-    `what` says in an error what the values are. Raises ValueError where rollouts that share a turn do not agree in its
-    value.
+    Raises ValueError where rollouts that share a turn do not agree in its value; `what` says there what the values are.
     """
     check_scale(ddof=ddof, eps=eps)
     before, after = states(table)
