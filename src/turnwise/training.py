@@ -46,6 +46,7 @@ from turnwise.evaluation import (
 from turnwise.judge import is_judged, judge_metrics
 from turnwise.learning import update
 from turnwise.policy import load_policy
+from turnwise.rewards import JUDGED
 from turnwise.rollout import sampled_tokens
 from turnwise.rundir import (
     append_lines,
@@ -454,12 +455,12 @@ PAID_AT_END = ("ppo-mr", "mt-ppo-paid-at-end")
 def _paid_when_cut(rollout: Rollout, *, at_end: bool) -> Rollout:
     """A rollout that a token budget cut off, with what it has been paid by then.
 
-    Not the outcome, nor the rewards of the turn that was cut; and nothing where turn rewards are paid at the end, which
-    the value of the last state stands for.
+    Not the outcome, nor a judge's score of the turn that was cut, which is of how it ended; and nothing where turn
+    rewards are paid at the end, which the value of the last state stands for.
     """
-    earned = () if at_end else rollout.turn_rewards[:-1]
-    unpaid = ({},) * (len(rollout.turn_rewards) - len(earned))
-    return dataclasses.replace(rollout, turn_rewards=(*earned, *unpaid), outcome_rewards={})
+    *before, last = rollout.turn_rewards
+    earned = (*before, {name: value for name, value in last.items() if name not in JUDGED})
+    return dataclasses.replace(rollout, turn_rewards=({},) * len(earned) if at_end else earned, outcome_rewards={})
 
 
 def critic_table(

@@ -74,7 +74,7 @@ def check_scale(*, ddof: object, eps: object) -> None:
 
 def require_length(name: str, column: object, length: int, *, what: str = "turn") -> None:
     """ValueError where a column is not flat, or has another length."""
-    shape = np.shape(column)  # pyright: ignore[reportArgumentType]
+    shape = np.asarray(column).shape
     if len(shape) != 1 or shape[0] != length:
         got = shape[0] if len(shape) == 1 else f"shape {shape}"
         raise ValueError(f"{name} must have one entry per {what} ({length}); got {got}; give them all")
