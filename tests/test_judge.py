@@ -496,6 +496,10 @@ def test_a_judges_own_strange_text_does_no_harm(serve, tmp_path):
             {"judge_url": "http://h/v1", "judge_model": "m", "reward_weights": {"judge_turn": 0, "judge_outcome": 0}},
             "both are 0",
         ),
+        (
+            {"judge_url": "http://h/v1", "judge_model": "m", "estimator": "mt-grpo-tree", "branches": [2, 2]},
+            "mt-grpo-tree must have turn rewards that are alike",
+        ),
         ({"judge_concurrency": 0}, "judge-concurrency must be"),
         ({"judge_timeout_s": 0.0}, "judge-timeout-s must be"),
     ],

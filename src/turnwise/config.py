@@ -225,6 +225,11 @@ class TrainConfig:
 
     def _check_judge(self) -> None:
         """Bad options of the judge, and options of a judge that is not there, raise here."""
+        if self.judge and self.judge.turns and self.estimator in ("mt-grpo-tree", "slate"):
+            raise ConfigError(
+                f"{self.estimator} must have turn rewards that are alike where rollouts share the turn; a judge scores "
+                "each rollout on its own; set judge_turn to 0 in reward-weights, or take treerl, carl or tree-grpo"
+            )
         if self.judge:
             return
         if self.judge_url is not None:
