@@ -122,7 +122,10 @@ def test_tools_that_a_query_cannot_call_are_refused_with_the_reason(functions: l
 
 def test_a_search_tool_may_have_other_arguments_that_have_defaults():
     with_default.__name__ = "search"
-    ToolEnvironment(TASK, tool_mapping([tool(with_default)]), protocol="search")
+    environment = ToolEnvironment(TASK, tool_mapping([tool(with_default)]), protocol="search")
+    step = asyncio.run(environment.step("<think>\na\n</think>\n<search>\nKenya\n</search>"))
+    assert step.result is not None
+    assert (step.result.error, step.result.text) == (None, with_default("Kenya"))
 
 
 def test_an_unknown_protocol_is_refused_with_the_nearest_name():

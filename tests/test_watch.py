@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from turnwise.watch import all_warnings, new_warnings
+from turnwise.watch import new_warnings
 
 HEALTHY = {"terminated": 0.9, "tool_execution": 0.9, "exact_match": 0.6, "all_turns": 0.5, "explained_variance": 0.2}
 
 
 def history(*steps: dict[str, float]) -> list[dict[str, float]]:
     return [{**HEALTHY, **step} for step in steps]
+
+
+def all_warnings(steps: list[dict[str, float]], **options: int) -> list[tuple[int, str]]:
+    """Every warning of a run with its step, counted from 1."""
+    return [(n, said) for n in range(len(steps) + 1) for said in new_warnings(steps[:n], **options)]
 
 
 def said(found: list[dict[str, float]], **options: int) -> list[tuple[int, str]]:

@@ -4,7 +4,6 @@ Pure functions: the metrics of the training steps, in order, to messages. A mess
 hold, and again only after it has ceased to.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 History = Sequence[Mapping[str, float]]
@@ -78,13 +77,3 @@ def _runaway_turns(history: History) -> str | None:
         f"{right:.0%}; charge for calls (search_penalty in --reward-weights, or a negative turn reward in "
         "--rewards), or lower --max-turns"
     )
-
-
-def all_warnings(history: History, *, max_turns: int, critic_warmup_steps: int = 0) -> list[tuple[int, str]]:
-    """Every warning of a run with its step, counted from 1."""
-    parts = itertools.accumulate(([metrics] for metrics in history), initial=[])
-    return [
-        (step, said)
-        for step, seen in enumerate(parts)
-        for said in new_warnings(seen, max_turns=max_turns, critic_warmup_steps=critic_warmup_steps)
-    ]
