@@ -22,6 +22,7 @@ import torch
 
 from turnwise import learning, training
 from turnwise.config import TrainConfig
+from turnwise.crediting import credit_rollouts
 from turnwise.critic import make_critic
 from turnwise.evaluation import make_engine, rollout_limits
 from turnwise.policy import load_policy
@@ -42,7 +43,7 @@ def learning_seconds(config: TrainConfig, rollouts: list[Rollout], step: int) ->
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
     critic = make_critic(policy, config.critic) if config.estimator == "mt-ppo" else None
     start = time.process_time()
-    credited = training.credit_rollouts(rollouts, config, critic, pad_id=policy.chat.pad_id)
+    credited = credit_rollouts(rollouts, config, critic, pad_id=policy.chat.pad_id)
     learning.update(policy, optimizer, credited.rows, config, step, critic=critic)
     return time.process_time() - start
 

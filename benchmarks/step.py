@@ -20,6 +20,7 @@ import torch
 
 from turnwise import training
 from turnwise.config import TrainConfig
+from turnwise.crediting import credit_rollouts
 from turnwise.evaluation import draw, make_engine, rollout_limits
 from turnwise.learning import update
 from turnwise.policy import load_policy
@@ -69,7 +70,7 @@ def main() -> None:
 
             rolled = seconds(roll)
             rollouts = [setting.scored(t, r) for t, group in zip(tasks, groups, strict=True) for r in group]
-            rows = training.credit_rollouts(rollouts, config).rows
+            rows = credit_rollouts(rollouts, config).rows
             optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
 
             def learn(policy=policy, optimizer=optimizer, rows=rows, step=step, at_once=at_once) -> object:

@@ -14,18 +14,20 @@ import torch
 from turnwise.chat import byte_chat
 from turnwise.config import TrainConfig
 from turnwise.credit import mt_grpo, mt_grpo_tree, share_weights
+from turnwise.crediting import rollout_table, training_rows
 from turnwise.engine import Completion, Sampling, ScriptedEngine
 from turnwise.engines.hf import HFEngine
 from turnwise.env import Step, ToolEnvironment
 from turnwise.errors import ConfigError, InputError
 from turnwise.evaluation import make_engine, rollout_limits
+from turnwise.learning import update
 from turnwise.policy import load_policy
 from turnwise.rollout import Limits, run_groups, run_tree, run_trees, sampled_tokens
 from turnwise.rundir import latest_checkpoint
 from turnwise.setting import make_setting
 from turnwise.tools import tool, tool_mapping
 from turnwise.traces import read_traces, traces_table
-from turnwise.training import rollout_table, train, training_rows, update
+from turnwise.training import train
 from turnwise.types import Action, Message, Rollout, Task
 
 CHAT = byte_chat()

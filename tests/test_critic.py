@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 from turnwise.batch import Row, on_sampled, pack, rollout_row
 from turnwise.config import CRITIC_METHODS, TrainConfig
+from turnwise.crediting import credit_rollouts, critic_credit, critic_table
 from turnwise.critic import Critic, make_critic, step_values, token_values
 from turnwise.errors import RunError
 from turnwise.learning import update
 from turnwise.policy import Policy, tiny_policy
 from turnwise.rundir import load_critic, save_checkpoint
-from turnwise.training import credit_rollouts, critic_credit, critic_table
 from turnwise.types import Action, Rollout, Turn
 
 VOCAB = 300

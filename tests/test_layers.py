@@ -43,6 +43,7 @@ LAYERS = [
     "rundir",
     "setting",
     "evaluation",
+    "crediting",
     "learning",
     "watch",
     "training",

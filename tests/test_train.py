@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from turnwise.batch import pack, rollout_row
 from turnwise.config import TrainConfig
+from turnwise.crediting import estimate, rollout_table, training_rows
 from turnwise.env import Step
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError
 from turnwise.evaluation import make_engine
@@ -21,14 +22,7 @@ from turnwise.learning import loss_segments, update
 from turnwise.policy import Policy, load_policy, tiny_policy
 from turnwise.rollout import Limits, run_groups
 from turnwise.rundir import checkpoint_folder, latest_checkpoint, read_config
-from turnwise.training import (
-    estimate,
-    resumed_config,
-    rollout_table,
-    step_tasks,
-    train,
-    training_rows,
-)
+from turnwise.training import resumed_config, step_tasks, train
 from turnwise.types import Action, Message, Rollout, Task, Turn
 
 TOOLS = '''
