@@ -83,6 +83,8 @@ class BPETokenizer:
         self.control = {t.content: i for i, t in added.items() if t.special or len(t.content.strip(" \t\r\n▁")) > 1}
         """Ids of the control tokens by name."""
         self._names = names_pattern(self.control)
+        self._endings = tuple({name[k:] for name in self.control for k in range(1, len(name))})
+        self._beginnings = tuple({name[:k] for name in self.control for k in range(1, len(name))})
         self._reader = Tokenizer.from_str(backend.to_str())
         self._break = next(char for char in BREAKS if backend.token_to_id(char) is None)
         self._reader.add_special_tokens([AddedToken(self._break, special=True, normalized=False)])
@@ -116,8 +118,8 @@ class BPETokenizer:
             return text
         start = text.index(stripped)
         before, after = text[:start], text[start + len(stripped) :]
-        first = self._break if any(_overlap(name, stripped) for name in self.control) else ""
-        last = self._break if any(_overlap(stripped, name) for name in self.control) else ""
+        first = self._break if stripped.startswith(self._endings) else ""
+        last = self._break if stripped.endswith(self._beginnings) else ""
         return f"{before}{first}{stripped}{last}{after}"
 
     def _reads_control(self, text: str) -> bool:
@@ -155,11 +157,6 @@ def names_pattern(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, listed)) or "(?!)")
 
 
-def _overlap(left: str, right: str) -> bool:
-    """Whether an end of `left`, which is not all of it, is a beginning of `right`."""
-    return any(right.startswith(left[-n:]) for n in range(1, min(len(left), len(right) + 1)))
-
-
 class Chat:
     """The ChatML frame over a tokenizer."""
 
@@ -194,6 +191,11 @@ class Chat:
 
     def message_ids(self, message: Message, *, max_content: int | None = None) -> list[int]:
         """One framed message; its content cut to `max_content` tokens where that is given."""
+        if message.tool_calls or message.tools or message.role == "tool":
+            raise RunError(
+                "a checkpoint without a chat template must have messages of text alone; got tools, their calls or "
+                "results; take protocol 'tools', or a checkpoint with a template"
+            )
         content = self.encode_text(message.content)[:max_content]
         role = self.encode_text(f"{message.role}\n")
         return [self.start_id, *role, *content, self.end_id, *self._newline]
@@ -239,15 +241,16 @@ class TemplateChat(Chat):
 
     def __init__(self, tokenizer: BPETokenizer, template: Template, *, stop_tokens: Iterable[str] = ()) -> None:
         self.tokenizer: BPETokenizer = tokenizer
-        self.template: Template = template
-        self._stops = names_pattern(name for name in tokenizer.control if tokenizer.control[name] in tokenizer.special_ids)
+        self.template = self._frame = template
+        self._stops = names_pattern(name for name, i in tokenizer.control.items() if i in tokenizer.special_ids)
         self._tools = self._tools_without_tools()
         self._takes_system = self._renders("system")
+        self._several = self._renders_calls()
         self.takes_tools = self._renders("tool")
         """Whether the template has a place for calls and for what they return."""
         closing = self._closing()
         self.end_id = tokenizer.control[closing]
-        named = [template.tokens[name] for name in ("eos_token",) if name in template.tokens]
+        named = [template.tokens.get("eos_token", "")]
         stops = [tokenizer.control[name] for name in (*named, *stop_tokens) if name in tokenizer.control]
         self.stop_ids = tuple(dict.fromkeys([self.end_id, *stops]))
         self.pad_id = tokenizer.control.get(template.tokens.get("pad_token", ""), self.end_id)
@@ -278,7 +281,7 @@ class TemplateChat(Chat):
         """The conversation as the template renders it, up to where the policy's next token comes."""
         messages = list(messages)
         tools = messages[0].tools if messages else ()
-        rendered = self.template.render(self._dicts(messages), self._schemas(tools) or self._tools)
+        rendered = self._frame.render(self._dicts(messages), self._schemas(tools) or self._tools)
         return self.tokenizer.encode_framed(rendered)
 
     def reply_ids(self, messages: Iterable[Message], *, max_ids: int | None = None) -> list[int]:
@@ -303,8 +306,8 @@ class TemplateChat(Chat):
 
     def _reply_text(self, messages: Sequence[Message], said: str = "", earlier: int = 0) -> str:
         """What the template writes after a stand-in's message, which says `said`, `earlier` exchanges into a chat."""
-        past = [*_EXCHANGE * earlier, *_stand_in(messages, said)]
-        rendered = self.template.render([*past, *self._dicts(messages, merge=False)], self._tools)
+        past = [*_EXCHANGE * earlier, *self._stand_in(messages, said)]
+        rendered = self._frame.render([*past, *self._dicts(messages, merge=False)], self._tools)
         at = rendered.find(STAND_IN)
         found = self._stops.search(rendered, at) if at >= 0 else None
         if found is None:
@@ -316,8 +319,8 @@ class TemplateChat(Chat):
 
     def _closing(self) -> str:
         """The special token by which the template closes the policy's turn."""
-        past = [*_stand_in((), ""), {"role": "user", "content": "a"}]
-        rendered = self.template.render(past, self._tools)
+        past = [*self._stand_in((), ""), {"role": "user", "content": "a"}]
+        rendered = self._frame.render(past, self._tools)
         after = rendered[rendered.find(STAND_IN) + len(STAND_IN) :] if STAND_IN in rendered else ""
         found = self._stops.match(after.lstrip())
         if found is None:
@@ -341,9 +344,9 @@ class TemplateChat(Chat):
     def _tools_without_tools(self) -> Sequence[Mapping[str, Any]] | None:
         """What a conversation without tools gives as its tools: none, or an empty list where the template wants one."""
         try:
-            self.template.render([{"role": "user", "content": "a"}], None)
+            self._frame.render([{"role": "user", "content": "a"}], None)
         except RunError:
-            self.template.render([{"role": "user", "content": "a"}], [])
+            self._frame.render([{"role": "user", "content": "a"}], [])
             return ()
         return None
 
@@ -352,12 +355,29 @@ class TemplateChat(Chat):
         told = {"role": role, "content": _TOLD, "name": "a", "tool_call_id": call_id(0)}
         try:
             if role == "system":
-                return _TOLD in self.template.render([told, {"role": "user", "content": "a"}], self._tools)
-            past = _stand_in([Message(role="tool", content="")], "")
-            rendered = self.template.render([*past, told], self._tools)
+                return _TOLD in self._frame.render([told, {"role": "user", "content": "a"}], self._tools)
+            rendered = self._frame.render([*_calling(1, ""), told], self._tools)
         except RunError:
             return False
         return STAND_IN in rendered and _TOLD in rendered
+
+    def _renders_calls(self) -> bool:
+        """Whether the template takes several calls in one message."""
+        try:
+            self._frame.render(_calling(2, ""), self._tools, generate=False)
+        except RunError:
+            return False
+        return True
+
+    def _stand_in(self, reply: Sequence[Message], said: str) -> list[dict[str, Any]]:
+        """A question and the stand-in's message, which makes the calls of the reply's results, if it has any.
+
+        Where the template takes one call in a message alone, one; the results of others follow all the same.
+        """
+        count = sum(message.role == "tool" for message in reply)
+        if count:
+            return _calling(count if self._several else 1, said)
+        return [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"{said}{STAND_IN}"}]
 
     def _dicts(self, messages: Sequence[Message], *, merge: bool = True) -> list[dict[str, Any]]:
         """The messages in the shape that templates take, no control token in what was not said by the policy.
@@ -411,15 +431,11 @@ def call_id(number: int) -> str:
     return f"call{number:05d}"
 
 
-def _stand_in(reply: Sequence[Message], said: str) -> list[dict[str, Any]]:
-    """A question and the stand-in's message, which makes a call for every result in the reply."""
-    question = {"role": "user", "content": "a"}
-    count = sum(message.role == "tool" for message in reply)
-    if not count:
-        return [question, {"role": "assistant", "content": f"{said}{STAND_IN}"}]
+def _calling(count: int, said: str) -> list[dict[str, Any]]:
+    """A question and the stand-in's message that makes `count` calls."""
     function = {"name": STAND_IN, "arguments": {"a": STAND_IN}}
     calls = [{"type": "function", "id": call_id(k), "function": function} for k in range(count)]
-    return [question, {"role": "assistant", "content": said, "tool_calls": calls}]
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": said, "tool_calls": calls}]
 
 
 def _numbered(messages: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:

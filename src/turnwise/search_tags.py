@@ -6,7 +6,7 @@ or an answer block. What is found comes back in an information block, in a user 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from turnwise.errors import ConfigError
 from turnwise.tags import first_block, without_blocks
@@ -71,6 +71,11 @@ def parse(text: str) -> Action:
     query, error = _query(acting[search_at + len("<search>") :])
     calls = () if error else (ToolCall(name=TOOL_NAME, arguments={ARGUMENT: query}),)
     return Action(reasoning=reasoning, tool_calls=calls, error=error)
+
+
+def calls_text(calls: Sequence[ToolCall]) -> str:
+    """Calls as the policy writes them, a block each: their queries alone."""
+    return "\n".join(f"<search>{(call.arguments or {}).get(ARGUMENT, '')}</search>" for call in calls)
 
 
 def _query(rest: str) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ each tag on its own line. What a tool returns comes back in a result block, in a
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from turnwise.tools import Tool, type_text
@@ -89,6 +89,12 @@ def _tool_call(rest: str) -> tuple[ToolCall | None, str | None]:
     if not isinstance(args, dict):
         return ToolCall(name=name, arguments=None), f'"args" in <tool> must be an object: {_FORM}'
     return ToolCall(name=name, arguments=args), None
+
+
+def calls_text(calls: Sequence[ToolCall]) -> str:
+    """Calls as the policy writes them, a block each."""
+    written = ({"name": call.name, "args": dict(call.arguments or {})} for call in calls)
+    return "\n".join(f"<tool>\n{json.dumps(call, ensure_ascii=False)}\n</tool>" for call in written)
 
 
 def first_block(text: str, tag: str) -> str | None:
