@@ -5,6 +5,7 @@ A file has one conversation a line, in the shape of OpenAI's API (`messages`, an
 tools return are read, never learned.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -231,7 +232,8 @@ def learn_demonstrations(config: DemonstrationConfig, watch: Watch | None = None
     Bad input raises before any work: InputError or ConfigError for the file and the options, RunError for the policy.
     """
     like = TrainConfig(policy=config.policy, protocol=config.protocol, tools=config.tools, corpus=config.corpus)
-    protocol = protocol_named(played_protocol(like))
+    like = dataclasses.replace(like, protocol=played_protocol(like))
+    protocol = protocol_named(like.protocol)
     found = read_demonstrations(config.demonstrations, protocol, make_tools(like, ()))
     policy = load_policy(like.start)
     rows = demonstration_rows(found, policy, protocol, config.demonstrations)
