@@ -163,6 +163,7 @@ def test_json_below_the_first_line_that_is_no_call_is_text():
         (CODER.removesuffix("\n</function>\n</tool_call>"), (CALL,)),
         ("<function=search><parameter=query>Kenya", (CALL,)),
         ("<tool_call><function=f></function></tool_call>", (ToolCall(name="f", arguments={}),)),
+        (CODER.replace("\n</parameter>", ""), (CALL,)),  # the next tag ends a value, as it does for others who read it
         (CODER.replace("Kenya", "\na\nb\n"), (ToolCall(name="search", arguments={"query": "\na\nb\n"}),)),
     ],
 )

@@ -245,13 +245,14 @@ def llama3_text(calls: Sequence[ToolCall]) -> str:
 
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
+_VALUE_ENDS = re.compile("|".join((_END_PARAMETER, _PARAMETER, _END_FUNCTION, _CLOSE)))
 
 
 def coder_parse(text: str) -> Action:
     """What a message says in the format of Qwen3-Coder; never raises. Arguments are texts (see `typed_call`).
 
-    A call may lack its `<tool_call>`, and at the end of the message any of its closing tags. A value ends at the first
-    `</parameter>`; a line break at each end of it is the format's. What stands between calls is not looked at.
+    A call may lack its `<tool_call>`, and at the end of the message any of its closing tags. A value ends before the
+    next tag of the format; a line break at each end of it is the format's. What stands between calls is not looked at.
     """
     reasoning, rest = thoughts_and_rest(text)
     return _action(reasoning, rest, _coder_calls(rest))
@@ -303,12 +304,10 @@ def _until(text: str, at: int, end: str) -> tuple[str, int]:
 
 def _parameter_end(text: str, at: int) -> tuple[int, int]:
     """Where a parameter's value ends, and where what follows its closing tag begins."""
-    end = text.find(_END_PARAMETER, at)
-    if end >= 0:
-        return end, end + len(_END_PARAMETER)
-    marks = [found for mark in (_PARAMETER, _END_FUNCTION, _CLOSE) if (found := text.find(mark, at)) >= 0]
-    end = min(marks, default=len(text))
-    return end, end
+    found = _VALUE_ENDS.search(text, at)
+    if found is None:
+        return len(text), len(text)
+    return found.start(), found.end() if found[0] == _END_PARAMETER else found.start()
 
 
 def coder_text(calls: Sequence[ToolCall]) -> str:
