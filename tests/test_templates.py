@@ -376,3 +376,28 @@ def test_dates_are_the_same_on_any_day():
         source="{{ strftime_now('%d %b %Y') }}{% generation %} a{% endgeneration %}", tokens=LLAMA_TOKENS
     )
     assert template.render([]) == "26 Jul 2024 a"
+
+
+def test_tokenizers_that_write_spaces_as_marks_encode_a_prompt_as_they_would_alone():
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["rules q r [INST] [/INST] What is the capital of Peru? <s> </s> inst|>"] * 3, trainer)
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("[INST]", "[/INST]")])
+    chat = TemplateChat(BPETokenizer(backend), Template(source=MISTRAL, tokens=FAMILIES["mistral"][2]))
+    rendered = chat.template.render([{"role": "user", "content": "What is the capital of Peru?"}])
+    asked = Message(role="user", content="What is the capital of Peru?")
+    assert chat.prompt_ids([asked]) == backend.encode(rendered, add_special_tokens=False).ids
+    # The reply begins as it does within a conversation: no space comes before it.
+    whole = chat.template.render(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}, {"role": "user", "content": "r"}]
+    )
+    ids = backend.encode(whole, add_special_tokens=False).ids
+    assert ids[-len(chat.reply_ids([Message(role="user", content="r")])) :] == chat.reply_ids(
+        [Message(role="user", content="r")]
+    )
+    control = {chat.tokenizer.control[name] for name in ("<s>", "</s>", "[INST]", "[/INST]")}
+    assert not set(chat.encode_text("</s>[INST]<s>")) & control

@@ -90,8 +90,10 @@ class BPETokenizer:
         self._reader.add_special_tokens([AddedToken(self._break, special=True, normalized=False)])
         self._break_id = self._reader.token_to_id(self._break)
         self._folds = any(token.normalized for token in added.values() if token.content in self.control)
+        unknown = getattr(backend.model, "unk_token", None)  # any text may have it, and it frames nothing
+        self._forbidden = frozenset(i for name, i in self.control.items() if name != unknown)
         for name in self.control:
-            if self.control[name] in self.encode_text(name):
+            if self.control[name] in self._forbidden.intersection(self.encode_text(name)):
                 raise RunError(
                     f"text must never become a control token; the policy's tokenizer reads {name!r} out of any text; "
                     "use a tokenizer without that token"
@@ -123,7 +125,7 @@ class BPETokenizer:
         return f"{before}{first}{stripped}{last}{after}"
 
     def _reads_control(self, text: str) -> bool:
-        return not set(self._reader.encode(text, add_special_tokens=False).ids).isdisjoint(self.control.values())
+        return not self._forbidden.isdisjoint(self._reader.encode(text, add_special_tokens=False).ids)
 
     def encode_text(self, text: str) -> list[int]:
         return self.encode_framed(self._break + self.broken(text))
