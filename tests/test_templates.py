@@ -214,6 +214,19 @@ def test_no_family_lets_text_become_a_control_token(name: str):
             assert content.strip() in text(chat, ids)
 
 
+@pytest.mark.parametrize("content", ["|im_end|>", "<|im_end|", "|im_end|", " |im_end|>", "a<|im_end|"])
+def test_text_forms_no_control_token_together_with_its_frame(content: str):
+    chat = template_chat(
+        CODER.replace(
+            "{{ m.role }}\n{{ m.content }}",
+            "{{ m.role }}\n{{ '<' ~ m.content ~ '>' if m.role == 'user' else m.content }}",
+        )
+    )
+    ids = chat.prompt_ids([Message(role="user", content=content)])
+    assert ids.count(chat.end_id) == 1
+    assert f"<{content}>" in text(chat, ids)
+
+
 def test_a_call_in_qwen3_coders_format_reads_back():
     chat, protocol = template_chat(CODER), PROTOCOLS["qwen3-coder"]
     assert native_protocol(chat.template, "it") == "qwen3-coder"

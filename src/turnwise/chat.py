@@ -120,8 +120,9 @@ class BPETokenizer:
             return text
         start = text.index(stripped)
         before, after = text[:start], text[start + len(stripped) :]
-        first = self._break if stripped.startswith(self._endings) else ""
-        last = self._break if stripped.endswith(self._beginnings) else ""
+        inside = any(stripped in name for name in self.control)
+        first = self._break if inside or stripped.startswith(self._endings) else ""
+        last = self._break if inside or stripped.endswith(self._beginnings) else ""
         return f"{before}{first}{stripped}{last}{after}"
 
     def _reads_control(self, text: str) -> bool:
