@@ -29,6 +29,8 @@ LAYERS = [
     "engine",
     "engines",
     "rollout",
+    "endpoint",
+    "dialogue",
     "rewards",
     "judge",
     "credit",
