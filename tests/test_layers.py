@@ -54,6 +54,7 @@ LAYERS = [
     "compare",
     "report",
     "display",
+    "serving",
     "cli",
 ]
 """Every module and folder, in the order of the flow."""

@@ -89,7 +89,7 @@ async def run_dialogue(
 
 
 def _turn(reply: Reply, step: Step) -> Turn:
-    return Turn(action_ids=(), sampling_logprobs=(), text=reply.text, action=step.action, result=step.result)
+    return Turn(action_ids=(), sampling_logprobs=(), text=reply.text, action=step.action, results=step.results)
 
 
 async def run_dialogues(

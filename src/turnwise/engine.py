@@ -90,6 +90,14 @@ class WatchedEngine(Engine, Protocol):
         ...
 
 
+class PolicyEngine(ForkingEngine, WatchedEngine, Protocol):
+    """An engine over a policy that learns."""
+
+    def refresh(self, policy_version: int) -> None:
+        """The weights have changed. Every session must have been released: nothing cached is left."""
+        ...
+
+
 def check_answered(answered: bool, session: Hashable) -> None:
     """InputError for a session that asks again before its last request is answered."""
     if not answered:
@@ -181,7 +189,9 @@ class ScriptedEngine:
         if into in self._calls:
             raise fork_onto_session(into)
         if session in self._calls:
-            self._scripts[into], self._calls[into] = self._scripts[session], self._calls[session]
+            self._calls[into] = self._calls[session]
+        if session in self._scripts:
+            self._scripts[into] = self._scripts[session]
 
     def release(self, session: Hashable) -> None:
         """Forget the session: its next call gets the first reply again."""
@@ -190,6 +200,7 @@ class ScriptedEngine:
 
     def _next_reply(self, prompt: str, session: Hashable) -> str:
         if callable(self._replies):
+            self._calls[session] = self._calls.get(session, 0) + 1
             return self._replies(prompt)
         if session not in self._scripts:
             self._scripts[session] = _script(self._replies, prompt)

@@ -187,9 +187,10 @@ class VLLMEngine:
                 request.watch(token)
             request.seen = len(drawn.token_ids)
         if output.finished:
+            completion = _completion(drawn)  # what this raises reaches everyone, this request included
             del self._requests[output.request_id]
             if not request.future.done():
-                request.future.set_result(_completion(drawn))
+                request.future.set_result(completion)
 
     def _fail(self, error: BaseException) -> None:
         """Hand `error` to everyone who waits; vLLM drops their requests."""
