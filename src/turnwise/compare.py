@@ -380,6 +380,12 @@ _COLUMNS: Mapping[str, Sequence[tuple[str, str]]] = {
 }
 """What the tables show under each protocol, by title and metric."""
 
+
+def _columns(protocol: str) -> Sequence[tuple[str, str]]:
+    """The columns of a protocol's tables; models' own formats have those of the search protocol."""
+    return _COLUMNS.get(protocol, _COLUMNS["search"])
+
+
 _PROGRESS = (
     ("searches", "searches"),
     ("useful", "useful_searches"),
@@ -395,7 +401,7 @@ COLLAPSED = 0.5
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The result as Markdown tables: mean over seeds, and the range from the lowest to the highest seed."""
-    runs, columns = result["runs"], _COLUMNS[result["config"].get("protocol", "tools")]
+    runs, columns = result["runs"], _columns(result["config"].get("protocol", "tools"))
     methods = list(dict.fromkeys(r["arm"] for r in runs))
     lines = [f"# {result['name']}", ""]
     for name in result["start"]["evaluations"]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.judge import JudgeConfig
-from turnwise.protocols import ProtocolName, protocol_named
+from turnwise.protocols import NATIVE, ProtocolName, protocol_named
 from turnwise.rewards import DEFAULT_WEIGHTS, JUDGED
 from turnwise.rollout import check_branches
 
@@ -102,7 +102,8 @@ class TrainConfig:
     """Folder of the judge's replies; by default in the user's cache folder."""
 
     protocol: ProtocolName = "tools"
-    """The tags: "tools" calls tools in JSON; "search" writes queries alone, max-turns - 1 of them at most."""
+    """The format: "tools" calls tools in JSON in the paper's tags; "search" writes queries alone, max-turns - 1 of them
+    at most; "native" is what the policy's own chat template writes: hermes, llama3 or qwen3-coder (docs/formats.md)."""
     search_results: int = 1
     """Articles that a search returns."""
     result_chars: int = 600
@@ -191,7 +192,8 @@ class TrainConfig:
             )
         if self.token_budget is not None:
             _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
-        protocol_named(self.protocol)
+        if self.protocol != NATIVE:
+            protocol_named(self.protocol)
         _check_weights(self.reward_weights)
         self._check_judge()
         if self.minibatches > self.tasks_per_step:

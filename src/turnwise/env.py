@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from turnwise.errors import ConfigError
-from turnwise.protocols import ProtocolName, protocol_named, reply_text
+from turnwise.protocols import ProtocolName, opening, protocol_named, read_message, reply_messages
 from turnwise.tools import Tool, call_tools
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
@@ -73,24 +73,21 @@ class ToolEnvironment:
 
     def start(self) -> tuple[Message, ...]:
         """The rules as system message, the question as user message."""
-        return (
-            Message(role="system", content=self._protocol.system_prompt(self._tools)),
-            Message(role="user", content=self._task.question),
-        )
+        return opening(self._protocol, self._tools, self._task.question)
 
     async def step(self, text: str) -> Step:
         """Read the message; run its tool calls, all at once, if a later turn can use the results."""
         if self._turns_left == 0:
             raise RuntimeError("an environment plays one rollout; this one has stopped")
         self._turns_left -= 1
-        action = self._protocol.parse(text)
+        action = read_message(self._protocol, text, self._tools)
         stop = _stop(action, last=self._turns_left == 0)
         if stop:
             self._turns_left = 0
             return Step(action=action, stop=stop)
         results = await call_tools(self._tools, action)
-        reply = reply_text(self._protocol, results, last=self._turns_left == 1)
-        return Step(action=action, results=results, reply=(Message(role="user", content=reply),))
+        reply = reply_messages(self._protocol, action, results, last=self._turns_left == 1)
+        return Step(action=action, results=results, reply=reply)
 
     def fork(self) -> "ToolEnvironment":
         """A copy with its own state and the same tools: what a tool itself remembers, all copies see."""

@@ -79,7 +79,7 @@ def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tool
 
 
 def _format_metrics(rollout: Rollout, protocol: ProtocolName) -> dict[str, float]:
-    """The paper's two measures of version 1 for protocol `tools`, its two rules of version 2 for `search`."""
+    """The paper's two measures of version 1 for protocol `tools`, its two rules of version 2 for the others."""
     form = protocol_named(protocol)
     if protocol == "tools":
         return {"xml_format": xml_format(rollout, form), "tag_usage": tag_usage(rollout, form)}
@@ -564,7 +564,7 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
 
 def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
     """The in-process engine over a policy. Its memory grows with the rollouts alive at once, `max_rows` at most."""
-    return HFEngine(policy.model, stop_ids=[policy.chat.end_id], max_rows=max_rows, max_context=policy.context)
+    return HFEngine(policy.model, stop_ids=policy.chat.stop_ids, max_rows=max_rows, max_context=policy.context)
 
 
 def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[PolicyEngine]:
@@ -600,7 +600,8 @@ def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
     reserved = turns * limits.max_turn_tokens + replies
     for task in (*setting.train, *setting.validation):
         messages = setting.environment(task).start()
-        if sum(len(m.content.encode()) for m in messages) + len(messages) * FRAME + reserved <= limits.context:
+        most = sum(len(m.content.encode()) for m in messages) + len(messages) * FRAME
+        if chat.template is None and most + reserved <= limits.context:
             continue  # no text has more tokens than bytes
         length = len(chat.prompt_ids(messages))
         needed = length + turns * limits.max_turn_tokens + replies

@@ -1,7 +1,6 @@
 """The policy: a Hugging Face causal language model with its chat, and log-probabilities under it."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
 from turnwise.batch import MicroBatch
-from turnwise.chat import BPETokenizer, Chat, load_chat
+from turnwise.chat import Chat, load_chat, save_chat
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.errors import InputError, RunError
 
@@ -128,15 +127,10 @@ def _loaded(source: str | Path, folder: Path) -> Policy:
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Writes weights (safetensors), configuration and tokenizer; `transformers` loads the folder as it is."""
+    """Writes weights (safetensors), configuration, tokenizer and chat template; `transformers` loads the folder."""
     with _without_bars():
         policy.model.save_pretrained(folder)
-    tokenizer = policy.chat.tokenizer
-    assert isinstance(tokenizer, BPETokenizer), "only a real tokenizer can be saved"
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_chat(policy.chat, folder)
 
 
 class _AncestorCache(Cache):

@@ -45,7 +45,16 @@ SEARCH_WEIGHTS: Mapping[str, float] = {
     "invalid": -1.0,
 }
 """The search agent's seven (version 2, section 5.2); the first four belong to the turns before the last."""
-DEFAULT_WEIGHTS: Mapping[ProtocolName, Mapping[str, float]] = {"tools": PAPER_WEIGHTS, "search": SEARCH_WEIGHTS}
+OWN_FORMAT_WEIGHTS: Mapping[str, float] = {
+    name: weight for name, weight in PAPER_WEIGHTS.items() if name not in ("xml_format", "tag_usage")
+}
+"""Those of a model's own format, which has no tags to be paid for."""
+DEFAULT_WEIGHTS: Mapping[ProtocolName, Mapping[str, float]] = {
+    "tools": PAPER_WEIGHTS,
+    "search": SEARCH_WEIGHTS,
+    "native": OWN_FORMAT_WEIGHTS,
+    **{name: OWN_FORMAT_WEIGHTS for name, protocol in PROTOCOLS.items() if protocol.own_format},
+}
 """What each protocol's rollouts are paid unless the configuration says otherwise."""
 BUILT_IN = (*PAPER_WEIGHTS, *SEARCH_WEIGHTS)
 """Every built-in component; each can be had under both protocols."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from turnwise import atlas
 from turnwise.atlas.world import hash_rank
@@ -11,10 +12,11 @@ from turnwise.config import ATLAS, ATLAS_HOPS, TrainConfig
 from turnwise.env import Environment, ToolEnvironment
 from turnwise.errors import InputError, unknown_name
 from turnwise.judge import check_judge, judged
-from turnwise.protocols import protocol_named
+from turnwise.protocols import NATIVE, ProtocolName, native_protocol, protocol_named
 from turnwise.rewards import BUILT_IN, JUDGED, RewardFunction, load_rewards, score
 from turnwise.search import load_corpus, open_index, search_tool
 from turnwise.tasks import check_answers_in_corpus, load_tasks
+from turnwise.templates import read_template
 from turnwise.tools import Tool, load_tools
 from turnwise.types import Rollout, Task
 
@@ -33,7 +35,7 @@ class Setting:
     """Questions to train and validate on, the tools to answer them with, and what the answers earn."""
 
     config: TrainConfig
-    """`make_setting` writes the weights of its rewards out."""
+    """`make_setting` writes the weights of its rewards out, and the name of a native protocol."""
     train: Sequence[Task]
     validation: Sequence[Task]
     tools: Mapping[str, Tool]
@@ -69,7 +71,7 @@ def make_setting(config: TrainConfig) -> Setting:
     for name in config.weights:
         if name not in known:
             raise unknown_name("a reward component", name, known)
-    config = dataclasses.replace(config, reward_weights=dict(config.weights))
+    config = dataclasses.replace(config, reward_weights=dict(config.weights), protocol=played_protocol(config))
     if config.judge:
         check_judge(config.judge)
     return Setting(
@@ -79,6 +81,18 @@ def make_setting(config: TrainConfig) -> Setting:
         tools=make_tools(config, [*train, *validation]),
         rewards=rewards,
     )
+
+
+def played_protocol(config: TrainConfig) -> ProtocolName:
+    """The configuration's protocol, where "native" is the format that the policy's chat template writes.
+
+    Raises ConfigError where the policy has no template, or one of another format.
+    """
+    if config.protocol != NATIVE:
+        return config.protocol
+    folder = Path(config.start)
+    template = read_template(folder) if folder.is_dir() else None
+    return cast(ProtocolName, native_protocol(template, config.start))
 
 
 def make_tools(config: TrainConfig, tasks: Sequence[Task]) -> Mapping[str, Tool]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Stop = Literal["answer", "no_action", "max_turns", "max_tokens", "error"]
 """Why a rollout ended. `answer`: the policy gave its final answer. `no_action`: a message with neither a
 tool call nor an answer, which ends the rollout as an answer that is absent. `max_turns`: the last granted
@@ -19,11 +19,25 @@ TERMINATED: frozenset[str] = frozenset({"answer", "no_action"})
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A tool call as the policy wrote it. `arguments` is None where they could not be read."""
+
+    name: str
+    arguments: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
-    """One message of a conversation, as text."""
+    """One message of a conversation, as text; a model's own chat template writes its calls and tools."""
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls that an assistant's message makes, where they are not in its text."""
+    name: str | None = None
+    """The tool that a message of role `tool` comes from."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """On a conversation's first message: the JSON schemas of the tools that the policy is told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +49,6 @@ class Task:
     answers: tuple[str, ...]
     kind: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolCall:
-    """A tool call as the policy wrote it. `arguments` is None where they could not be read."""
-
-    name: str
-    arguments: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
