@@ -179,8 +179,9 @@ class ScriptedEngine:
         reply = self._next_reply(self._codec.decode(prompt_ids), session)
         ids = (*self._codec.encode_text(reply), self._codec.end_id)
         kept = ids[: sampling.max_tokens]
-        for token in kept if watch else ():
-            watch(token)
+        if watch:
+            for token in kept:
+                watch(token)
         finish = "stop" if len(kept) == len(ids) else "length"
         return Completion(token_ids=kept, logprobs=(0.0,) * len(kept), finish=finish)
 

@@ -53,9 +53,9 @@ RESAMPLES = 2000
 def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tools") -> dict[str, float]:
     """What is reported of one rollout, by name; `docs/run-format.md` says what each is.
 
-    A metric that a rollout cannot have is absent: `tokens` without token ids; `well_called` without calls; the four about searches where
-    the task names no gold articles (its metadata's `articles`) or a tool does not say what it returned; the
-    format measures of the other protocol.
+    A metric that a rollout cannot have is absent: `tokens` without token ids; `well_called` without calls; the four
+    about searches where the task names no gold articles (its metadata's `articles`) or a tool does not say what it
+    returned; the format measures of the other protocol.
     """
     results = [result for turn in rollout.turns for result in turn.results if not result.error]
     answer = rollout.answer
@@ -576,7 +576,7 @@ def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) ->
         return [
             VLLMEngine(
                 policy.model,
-                stop_ids=[policy.chat.end_id],
+                stop_ids=policy.chat.stop_ids,
                 max_rows=max_rows,
                 max_context=policy.context,
                 memory_share=config.vllm_memory_share,

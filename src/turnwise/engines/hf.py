@@ -468,8 +468,9 @@ class HFEngine:
         rows.logprobs[active, place] = values
         rows.used[active] = self.stats.decode_steps
         self.stats.decoded_tokens += len(active)
-        for row, token in zip(active[rows.watched[active]], ids[rows.watched[active]].tolist(), strict=True):
-            rows.request[row].watch(token)
+        heard = rows.watched[active]
+        for request, token in zip(rows.request[active[heard]].tolist(), ids[heard].tolist(), strict=True):
+            request.watch(token)
         done = self._is_stop[ids] | (place + 1 == rows.end[active])
         for row in active[done]:
             self._answer(int(row))

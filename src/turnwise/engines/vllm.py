@@ -10,6 +10,7 @@ other on the device, by their Hugging Face names.
 
 import asyncio
 import contextlib
+import importlib
 import itertools
 import os
 import tempfile
@@ -221,14 +222,13 @@ def _imported() -> Any:
     """The package vLLM, told to stay in this process. ConfigError where it is not installed."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     try:
-        import vllm
-        import vllm.sampling_params
+        importlib.import_module("vllm.sampling_params")
+        return importlib.import_module("vllm")
     except ImportError as error:
         raise ConfigError(
             f'engine vllm must find the package vllm; it does not ({_described(error)}); pip install "turnwise[vllm]" '
             "on a machine with a GPU, or take engine hf"
         ) from error
-    return vllm
 
 
 def _described(error: Exception) -> str:

@@ -8,6 +8,7 @@ harness that has an environment of its own, such as `turnwise eval --endpoint`.
 
 import dataclasses
 import json
+import re
 import secrets
 import uuid
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -30,6 +31,9 @@ from turnwise.types import Action, Message, Rollout, Task, ToolCall, ToolResult
 RAW = ":raw"
 UNFINISHED = "\ufffd"
 """What a character decodes to whose last bytes are still to come."""
+
+THOUGHTS = re.compile(r"<think>\n(.*?)\n</think>\n\n", re.S)
+"""How `read_messages` writes an assistant's `reasoning_content` before its content."""
 
 Tell = Callable[[str, Any], None]
 """Told `content` with a text to append, and `step` with a turn whose calls were executed."""
@@ -202,6 +206,7 @@ def _prompt(served: Served, request: ChatRequest, *, raw: bool) -> Sequence[Mess
                 400, f"{request.model} takes text alone; ask {served.name} for calls of tools", param="tools"
             )
         return messages
+    messages = [_as_written(protocol, message) for message in messages]
     if request.tools:
         return written(protocol, messages, request.tools)
     rules, *_ = opening(protocol, served.tools, "")
@@ -210,6 +215,17 @@ def _prompt(served: Served, request: ChatRequest, *, raw: bool) -> Sequence[Mess
     if not rest:
         raise ApiError(400, "'messages' must hold a message of a user", param="messages")
     return [dataclasses.replace(rules, content="\n\n".join([rules.content, *said])), *written(protocol, rest, {})]
+
+
+def _as_written(protocol: TagProtocol, message: Message) -> Message:
+    """A message that the client sends back, as the policy wrote it: in a protocol of tags with its own."""
+    if protocol.own_format or message.role != "assistant":
+        return message
+    found = THOUGHTS.match(message.content)
+    thoughts, content = (found[1], message.content[found.end() :]) if found else (None, message.content)
+    blocks = [(protocol.thinking, thoughts), (protocol.answering, None if message.tool_calls else content)]
+    text = "\n".join(f"<{tag}>\n{inside}\n</{tag}>" for tag, inside in blocks if inside is not None)
+    return dataclasses.replace(message, content=text)
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
