@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 from openai import OpenAI
 
+from turnwise import atlas
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
 from turnwise.errors import ConfigError, RunError
@@ -78,7 +79,7 @@ ANSWER = "<reasoning>\nIt says so.\n</reasoning>\n<answer>\nNairobi, I think\n</
 
 def scripted_reply(prompt: str) -> str:
     """What the scripted agent says: by the question, and once it has a result, its answer."""
-    if "<result>" in prompt:
+    if "</result>" in prompt:
         return ANSWER
     said = {"broken": f"{THOUGHT}<tool>\nsearch Kenya\n</tool>", "aimless": "Hm.", "unclosed": "<answer>\nNairobi"}
     return next((reply for word, reply in said.items() if f"a {word} reply" in prompt), CALL)
@@ -250,11 +251,17 @@ def test_calls_stream_as_one_delta(scripted: Running):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_tools_that_the_protocol_cannot_call_are_refused(searcher: Running):
+def test_the_agent_of_protocol_search_hands_its_searches_out(searcher: Running):
+    tool = searcher.served.tools["search"]
+    own = {"type": "function", "function": {"name": "search", "description": tool.description}}
+    own["function"]["parameters"] = tool.parameters  # pyright: ignore
+    question = atlas.tasks("test", hops=2)[0].question
+    first = searcher.ask(question).model_extra["turnwise"]["steps"][0]
+    (call,) = searcher.ask(question, tools=[own]).choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == first["tool_calls"][0]["arguments"]
     other = {"type": "function", "function": {"name": "area", "parameters": {"type": "object", "properties": {}}}}
     with pytest.raises(openai.BadRequestError, match="protocol 'search' must have one tool"):
         searcher.ask(tools=[other])
-    assert searcher.ask(tools=[SEARCH]).choices[0].message.tool_calls[0].function.name == "search"
 
 
 # ---- the policy alone ----

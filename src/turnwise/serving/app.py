@@ -99,13 +99,13 @@ def listening(host: str, port: int, *, token: str | None) -> socket.socket:
             f"host must be this machine's own, such as 127.0.0.1, where there is no token; got {host!r}; name the "
             "variable of a token with --token-env"
         )
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
         sock.listen(128)
     except (OSError, UnicodeError) as error:  # a UnicodeError where the host is no name at all
+        sock.close()
         at_host = isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL
         raise RunError(
             f"the server must be able to listen on {host}:{port}; got {getattr(error, 'strerror', error)}; choose "
