@@ -3,6 +3,10 @@
 import asyncio
 import dataclasses
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +18,11 @@ import pytest
 import uvicorn
 from openai import OpenAI
 
-from turnwise import atlas
+from turnwise.endpoint import EndpointConfig
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
 from turnwise.errors import ConfigError, RunError
+from turnwise.evaluation import evaluate
 from turnwise.rollout import run_rollout
 from turnwise.serving.app import listening, load_served, make_app, server, token_in
 from turnwise.serving.talk import Served
@@ -251,17 +256,14 @@ def test_calls_stream_as_one_delta(scripted: Running):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_the_agent_of_protocol_search_hands_its_searches_out(searcher: Running):
-    tool = searcher.served.tools["search"]
-    own = {"type": "function", "function": {"name": "search", "description": tool.description}}
-    own["function"]["parameters"] = tool.parameters  # pyright: ignore
-    question = atlas.tasks("test", hops=2)[0].question
-    first = searcher.ask(question).model_extra["turnwise"]["steps"][0]
-    (call,) = searcher.ask(question, tools=[own]).choices[0].message.tool_calls
-    assert json.loads(call.function.arguments) == first["tool_calls"][0]["arguments"]
+def test_protocol_search_hands_out_searches_and_no_other_calls(searcher: Running):
+    engine = ScriptedEngine(lambda _: "<think>\nx\n</think>\n<search>\nPeru\n</search>", searcher.served.chat)
     other = {"type": "function", "function": {"name": "area", "parameters": {"type": "object", "properties": {}}}}
-    with pytest.raises(openai.BadRequestError, match="protocol 'search' must have one tool"):
-        searcher.ask(tools=[other])
+    for running in started(dataclasses.replace(searcher.served, engine=engine)):
+        (call,) = running.ask(tools=[SEARCH]).choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("search", {"query": "Peru"})
+        with pytest.raises(openai.BadRequestError, match="protocol 'search' must have one tool"):
+            running.ask(tools=[other])
 
 
 # ---- the policy alone ----
@@ -280,6 +282,19 @@ def test_the_bare_policy_writes_what_it_writes_in_training(tools: Running):
     assert sum(bool(c.choices and c.choices[0].delta.content) for c in chunks) > 5  # token by token
     with pytest.raises(openai.BadRequestError, match="takes text alone"):
         tools.ask(model=model, tools=[SEARCH])
+
+
+@pytest.mark.parametrize("name", ["embedded", "embedded-search"])
+def test_an_evaluation_through_the_endpoint_is_the_evaluation_in_process(name: str, tools: Running, searcher: Running):
+    running = {"embedded": tools, "embedded-search": searcher}[name]
+    endpoint = EndpointConfig(url=running.url, model=f"{running.served.name}:raw", timeout_s=120)
+    asked = evaluate(name, limit=8, endpoint=endpoint)
+    own = evaluate(name, limit=8)
+    assert [[t.text for t in r.turns] for _, r in asked.records] == [[t.text for t in r.turns] for _, r in own.records]
+    absent = {"tokens"}
+    assert {**asked.metrics} == {name: value for name, value in own.metrics.items() if name not in absent}
+    sampled = sum(len(turn.action_ids) for _, rollout in own.records for turn in rollout.turns)
+    assert asked.endpoint["completion_tokens"] == sampled
 
 
 # ---- bad requests ----
@@ -401,3 +416,24 @@ def test_a_client_that_goes_frees_its_place(tools: Running):
         threading.Event().wait(0.05)
     assert not engine._sessions
     assert tools.ask().choices
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_ctrl_c():
+    command = [sys.executable, "-m", "turnwise.cli", "serve", "embedded", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = re.search(r"http://\S+", process.stdout.readline())
+        assert url is not None
+        with OpenAI(base_url=url[0], api_key="none", max_retries=5) as client:
+            messages: Any = [{"role": "user", "content": KENYA}]
+            with client.chat.completions.create(
+                model="embedded:raw", messages=messages, temperature=2.0, max_tokens=400, stream=True, seed=0
+            ) as stream:
+                chunks = iter(stream)
+                next(chunks)
+                process.send_signal(signal.SIGINT)  # what is under way is finished
+                assert list(chunks)[-1].choices[0].finish_reason in ("stop", "length")
+        out, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert out.endswith("stopped\n")
