@@ -403,19 +403,22 @@ class TemplateChat(Chat):
         return {**said, "tool_calls": [self._call(call) for call in message.tool_calls]}
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
-        arguments = self._broken_values(dict(call.arguments or {}))
-        return {"type": "function", "function": {"name": self.tokenizer.broken(call.name), "arguments": arguments}}
+        """A call as the policy said it: its texts can hold the tokens of its format, as its content can."""
+        arguments = self._broken_values(dict(call.arguments or {}), self._said)
+        name = self.tokenizer.broken(call.name, self._said)
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _schemas(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
         return [self._broken_values(tool) for tool in tools]
 
-    def _broken_values(self, value: Any) -> Any:
+    def _broken_values(self, value: Any, names: re.Pattern[str] | None = None) -> Any:
         """A JSON value with breaks in its texts."""
         if isinstance(value, str):
-            return self.tokenizer.broken(value)
+            return self.tokenizer.broken(value, names)
         if isinstance(value, Mapping):
-            return {self.tokenizer.broken(key): self._broken_values(item) for key, item in value.items()}
-        return [self._broken_values(item) for item in value] if isinstance(value, list | tuple) else value
+            broken = self.tokenizer.broken
+            return {broken(key, names): self._broken_values(item, names) for key, item in value.items()}
+        return [self._broken_values(item, names) for item in value] if isinstance(value, list | tuple) else value
 
 
 STAND_IN = "stand-in"

@@ -316,6 +316,8 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
     from turnwise.search_warmup import SearchWarmupConfig
     from turnwise.warmup import WarmupConfig
 
+    if any(arg.partition("=")[0] == "--demonstrations" for arg in args):
+        return _demonstrations_command()
     protocol = _option(args, "--protocol") or "tools"
     if protocol not in WARMUPS:
         raise unknown_name("protocol", protocol, WARMUPS)
@@ -337,6 +339,7 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
         """Make a starting checkpoint from demonstrations, as the embedded one was made.
 
         With --protocol search: teach a checkpoint that can copy and read to search several times.
+        With --demonstrations FILE: teach a policy your own demonstrations.
 
         Args:
             config: The options.
@@ -344,6 +347,55 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
         return _warmup(config)
 
     return warmup
+
+
+def _demonstrations_command() -> Callable[..., int]:
+    """`turnwise warmup --demonstrations FILE`."""
+    import tyro
+
+    from turnwise.demonstrations import DemonstrationConfig
+
+    def learn(*, config: Annotated[DemonstrationConfig, tyro.conf.arg(name="")]) -> int:
+        """Teach a policy your own demonstrations: the loss is on what the assistant says in them.
+
+        Args:
+            config: The options.
+        """
+        return _learn_demonstrations(config)
+
+    return learn
+
+
+def _learn_demonstrations(config: Any) -> int:
+    from turnwise.demonstrations import Counts, learn_demonstrations
+    from turnwise.rundir import writing
+
+    _make_empty(config.out)
+
+    def watch(counts: Counts, step: int, read: int, loss: float) -> None:
+        if step == 1:
+            print(
+                f"{counts.demonstrations:,} demonstrations, {counts.tokens:,} tokens, {counts.taught:,} of them the "
+                f"assistant's; the longest has {counts.longest:,}"
+            )
+        if step % max(1, counts.steps // 20) == 0 or step in (1, counts.steps):
+            print(f"step {step}/{counts.steps}  {read:,} tokens read  loss {loss:.4f}", flush=True)
+
+    with writing(config.out):
+        learn_demonstrations(config, watch)
+    print(f"The checkpoint is in {config.out}. What next:")
+    print(f"  turnwise train --policy {config.out} --protocol {config.protocol}")
+    return 0
+
+
+def _make_empty(folder: Path) -> None:
+    """Makes the folder of a checkpoint; InputError where it holds files."""
+    from turnwise.rundir import writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise InputError(f"--out must name a new or empty folder; {folder} holds files; choose another")
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -363,10 +415,7 @@ def _warmup(config: Any) -> int:
     from turnwise.search_warmup import SearchWarmupConfig, search_warm_up
     from turnwise.warmup import warm_up
 
-    with writing(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
-    if any(config.out.iterdir()):
-        raise InputError(f"--out must name a new or empty folder; {config.out} holds files; choose another")
+    _make_empty(config.out)
     started = time.perf_counter()
 
     def watch(_policy: Any, phase: str, step: int, loss: float) -> None:

@@ -36,7 +36,7 @@ from turnwise.rewards import (
 )
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
-from turnwise.setting import Setting, make_setting, make_tools
+from turnwise.setting import Setting, make_setting, make_tools, played_protocol
 from turnwise.tasks import load_tasks
 from turnwise.types import Rollout, Task
 
@@ -460,7 +460,7 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
             f"before the first validation, or the file is lost; train it: turnwise train --resume --out {run}"
         )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
-    return load_policy(folder), read_config(above[0]) if above else TrainConfig()
+    return load_policy(folder), read_config(above[0]) if above else TrainConfig(policy=str(folder))
 
 
 def _embedded_config(name: str) -> TrainConfig:
@@ -544,6 +544,7 @@ def _chosen_tasks(
 
 def _setting(config: TrainConfig, tasks: Sequence[Task]) -> Setting:
     """A configuration's tools and rewards with other questions."""
+    config = dataclasses.replace(config, protocol=played_protocol(config))
     return Setting(
         config=config,
         train=(),

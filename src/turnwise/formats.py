@@ -21,6 +21,8 @@ THINK, CALL, RESPONSE, ANSWER = "think", "tool_call", "tool_response", "answer"
 """The tags of Hermes, Qwen and Qwen3-Coder, and that of an answer, which is ours."""
 PYTHON_TAG = "<|python_tag|>"
 """What Llama 3 may put before a call."""
+MOST_LINES = 32
+"""In how many lines of JSON a call of Llama 3 is looked for, below other text."""
 
 _OPEN, _CLOSE = f"<{CALL}>", f"</{CALL}>"
 _END_THINK = f"</{THINK}>"
@@ -167,9 +169,11 @@ def llama3_parse(text: str) -> Action:
 
 
 def _call_line(text: str) -> int:
-    """Where the first line stands that begins with a whole call; -1 without one."""
+    """Where the first line stands that begins with a whole call; -1 where none of the first with a `{` does."""
     at = text.find("\n{")
-    while at >= 0:
+    for _ in range(MOST_LINES):
+        if at < 0:
+            break
         found = json_value(text, at + 1)
         if found is not None and _named(found[0], ("parameters", "arguments"), "")[1] is None:
             return at + 1

@@ -49,7 +49,7 @@ OWN_FORMAT_WEIGHTS: Mapping[str, float] = {
     name: weight for name, weight in PAPER_WEIGHTS.items() if name not in ("xml_format", "tag_usage")
 }
 """Those of a model's own format, which has no tags to be paid for."""
-DEFAULT_WEIGHTS: Mapping[ProtocolName, Mapping[str, float]] = {
+DEFAULT_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "tools": PAPER_WEIGHTS,
     "search": SEARCH_WEIGHTS,
     "native": OWN_FORMAT_WEIGHTS,
