@@ -49,7 +49,8 @@ class Model:
                 model.keys.append(self.headers["Authorization"])
                 said = say(body["messages"], len(model.requests))
                 finish, said = said if isinstance(said, tuple) else ("stop", said)
-                choice = {"message": {"role": "assistant", "content": said}, "finish_reason": finish}
+                message = said if isinstance(said, dict) else {"content": said}
+                choice = {"message": {"role": "assistant", **message}, "finish_reason": finish}
                 usage = {"prompt_tokens": 50, "completion_tokens": 7}
                 content = json.dumps({"choices": [choice], "usage": usage}).encode()
                 self.send_response(said if isinstance(said, int) else 200)
@@ -115,6 +116,35 @@ def test_the_messages_are_those_of_the_conversation(model):
     assert [m["role"] for m in second["messages"]] == ["system", "user", "assistant", "user"]
     assert second["messages"][3]["content"].startswith("<result>\n")
     assert (first["model"], first["temperature"], first["max_tokens"]) == ("org/some-model", 0.0, 99)
+
+
+def test_under_a_models_own_format_calls_come_and_go_in_openais_shape(model, tmp_path):
+    """Two calls at once, then one whose arguments are no object, then the answer."""
+
+    def say(_messages: list[dict[str, Any]], number: int) -> Any:
+        two = [{"query": "Kenya"}, {"query": "Peru"}]
+        arguments = {1: [json.dumps(a) for a in two], 2: ["[1]"]}.get(number)
+        if arguments is None:
+            return "<answer>Nairobi</answer>"
+        function = [{"id": f"x{k}", "function": {"name": "search", "arguments": a}} for k, a in enumerate(arguments)]
+        return {"content": None, "tool_calls": function}
+
+    agent = model(say)
+    config = tmp_path / "native.toml"
+    config.write_text('protocol = "native"\nmax_turns = 4\n')
+    found = evaluate(config, tasks=TASKS[:1], endpoint=agent.config)
+    rollout = found.records[0][1]
+    assert found.metrics["exact_match"].mean == 1.0
+    assert [len(turn.results) for turn in rollout.turns] == [2, 1, 0]
+    assert ["Nairobi" in rollout.turns[0].results[0].text, "Lima" in rollout.turns[0].results[1].text] == [True, True]
+    assert rollout.turns[1].results[0].error == "bad_arguments"
+    assert [tool["function"]["name"] for tool in agent.requests[0]["tools"]] == ["search"]
+    first, second = agent.requests[1]["messages"], agent.requests[2]["messages"]
+    assert [m["role"] for m in first] == ["system", "user", "assistant", "tool", "tool"]
+    assert [call["id"] for call in first[2]["tool_calls"]] == [m["tool_call_id"] for m in first[3:]]
+    ids = [call["id"] for m in second for call in m.get("tool_calls", ())]
+    assert len(set(ids)) == 3
+    assert second[-1]["tool_call_id"] == ids[2]
 
 
 def test_seeds_of_samples_and_turns_differ_and_are_the_same_again(model):

@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 from openai import OpenAI
 
+from chats import needs_data, published
 from turnwise.endpoint import EndpointConfig
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
@@ -288,8 +289,8 @@ def test_the_bare_policy_writes_what_it_writes_in_training(tools: Running):
 def test_an_evaluation_through_the_endpoint_is_the_evaluation_in_process(name: str, tools: Running, searcher: Running):
     running = {"embedded": tools, "embedded-search": searcher}[name]
     endpoint = EndpointConfig(url=running.url, model=f"{running.served.name}:raw", timeout_s=120)
-    asked = evaluate(name, limit=8, endpoint=endpoint)
-    own = evaluate(name, limit=8)
+    asked = evaluate(name, limit=4, endpoint=endpoint)
+    own = evaluate(name, limit=4)
     assert [[t.text for t in r.turns] for _, r in asked.records] == [[t.text for t in r.turns] for _, r in own.records]
     absent = {"tokens"}
     assert {**asked.metrics} == {name: value for name, value in own.metrics.items() if name not in absent}
@@ -437,3 +438,37 @@ def test_the_command_serves_until_ctrl_c():
         out, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
     assert out.endswith("stopped\n")
+
+
+# ---- a model's own format ----
+
+
+@needs_data
+def test_a_models_own_format_over_its_chat_template(tools: Running):
+    call = '<tool_call>\n{"name": "search", "arguments": {"query": "Kenya"}}\n</tool_call>'
+    chat = published("Qwen2.5")
+
+    def reply(prompt: str) -> str:
+        return "It is <answer>Nairobi</answer>." if "<tool_response>" in prompt else f"Let me see.\n{call}"
+
+    served = dataclasses.replace(
+        tools.served,
+        name="own",
+        chat=chat,
+        engine=ScriptedEngine(reply, chat),
+        config=dataclasses.replace(tools.served.config, protocol="hermes"),
+        limits=dataclasses.replace(tools.served.limits, context=8000, max_turn_tokens=300),
+    )
+    for running in started(served):
+        answer = running.ask()
+        assert answer.choices[0].message.content == "Let me see.\n\nIt is <answer>Nairobi</answer>."
+        assert answer.model_extra["turnwise"]["answer"] == "Nairobi"
+        assert content_of(parts(running.ask(stream=True))) == answer.choices[0].message.content
+        messages: list[Any] = [{"role": "user", "content": KENYA}]
+        first = running.ask(messages=messages, tools=[SEARCH]).choices[0]
+        assert (first.message.content, first.finish_reason) == ("Let me see.", "tool_calls")
+        (made,) = first.message.tool_calls
+        messages += [first.message.model_dump(exclude_none=True)]
+        messages += [{"role": "tool", "tool_call_id": made.id, "content": "Nairobi."}]
+        second = running.ask(messages=messages, tools=[SEARCH]).choices[0]
+        assert (second.message.content, second.finish_reason) == ("It is <answer>Nairobi</answer>.", "stop")

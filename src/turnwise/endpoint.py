@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from turnwise.errors import ConfigError
+from turnwise.types import ToolCall
 
 MAX_REPLY_BYTES = 4_000_000
 MAX_PAUSE_S = 30.0
@@ -93,6 +94,8 @@ class Reply:
     completion_tokens: int
     retried: int
     """Requests beyond the first one."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls in the endpoint's own shape, where the request named tools; arguments that are no object are None."""
 
 
 class EndpointFailure(Exception):
@@ -239,9 +242,9 @@ def _reply(answer: Any, retried: int) -> Reply:
     """The text and token counts in an endpoint's answer; no text where it has another shape."""
     try:
         choice = answer["choices"][0]
-        text, finish = choice["message"]["content"], choice.get("finish_reason")
+        text, finish = choice["message"].get("content"), choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
-        text, finish = "", None
+        choice, text, finish = None, "", None
     usage = answer.get("usage") if isinstance(answer, dict) else None
     counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
     prompt, completion = (n if isinstance(n, int) and n > 0 else 0 for n in counts)
@@ -251,4 +254,22 @@ def _reply(answer: Any, retried: int) -> Reply:
         prompt_tokens=prompt,
         completion_tokens=completion,
         retried=retried,
+        tool_calls=_calls(choice),
     )
+
+
+def _calls(choice: Any) -> tuple[ToolCall, ...]:
+    """The calls in a message; none where they have another shape."""
+    try:
+        functions = [call["function"] for call in choice["message"].get("tool_calls") or ()]
+        return tuple(ToolCall(name=str(f["name"]), arguments=_arguments(f.get("arguments"))) for f in functions)
+    except (KeyError, TypeError, AttributeError):
+        return ()
+
+
+def _arguments(given: Any) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -25,7 +25,7 @@ from turnwise.engines.vllm import VLLMEngine
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
-from turnwise.protocols import ProtocolName, protocol_named
+from turnwise.protocols import NATIVE, ProtocolName, protocol_named
 from turnwise.rewards import (
     answer_presence,
     has_final_format,
@@ -219,7 +219,7 @@ def play_endpoint(
     """As `play`, by the model behind an endpoint; and what that took."""
     client, started = Client(endpoint), time.perf_counter()
     with ThreadPoolExecutor(endpoint.concurrency) as pool:
-        speaker = EndpointSpeaker(client, pool)
+        speaker = EndpointSpeaker(client, pool, protocol_named(setting.config.protocol))
         groups = awaited(
             run_dialogues(
                 tasks,
@@ -346,7 +346,7 @@ def evaluate(
     """
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
     _check_samples(samples, pass_at, mode)
-    policy, config = (None, run_config(run)) if endpoint else run_policy(run, checkpoint)
+    policy, config = (None, _spoken(run_config(run))) if endpoint else run_policy(run, checkpoint)
     replaced = {"engine": engine, "max_turn_tokens": max_turn_tokens}
     config = dataclasses.replace(config, **{name: value for name, value in replaced.items() if value is not None})
     if not judge:
@@ -374,6 +374,11 @@ def evaluate(
     if not evaluation.metrics:
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
     return evaluation
+
+
+def _spoken(config: TrainConfig) -> TrainConfig:
+    """The configuration for an endpoint, whose calls are in OpenAI's shape: what protocol records them is no matter."""
+    return dataclasses.replace(config, protocol="hermes") if config.protocol == NATIVE else config
 
 
 def _check_samples(samples: int, pass_at: Sequence[int], mode: Mode) -> None:

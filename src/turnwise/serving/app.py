@@ -31,8 +31,8 @@ from starlette.routing import Route
 from turnwise.errors import ConfigError, RunError
 from turnwise.evaluation import Checkpoint, make_engine, make_engines, rollout_limits, run_policy
 from turnwise.serving.shapes import ApiError, ChatRequest, chat_request, model_list, new_head
-from turnwise.serving.talk import Answer, Job, Served, prepared
-from turnwise.setting import make_tools
+from turnwise.serving.talk import RAW, Answer, Job, Served, prepared
+from turnwise.setting import make_tools, played_protocol
 
 DEFAULT_PORT = 8000
 MAX_BODY_BYTES = 4_000_000
@@ -56,12 +56,15 @@ def load_served(
 ) -> Served:
     """The policy of a run with its tools, as `turnwise ask` plays it."""
     policy, config = run_policy(run, checkpoint)
-    config = dataclasses.replace(config, engine=engine)
+    config = dataclasses.replace(config, engine=engine, protocol=played_protocol(config))
+    name = Path(run).resolve().name if name is None else name
+    if not name or name.endswith(RAW):
+        raise ConfigError(f"name must be a model's name that does not end with {RAW}; got {name!r}; give another")
     made = (
         make_engine(policy, max_rows=MAX_ROWS) if engine == "hf" else make_engines(policy, config, max_rows=MAX_ROWS)[0]
     )
     return Served(
-        name=name or Path(run).resolve().name,
+        name=name,
         config=config,
         chat=policy.chat,
         engine=made,
