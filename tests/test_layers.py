@@ -33,6 +33,8 @@ LAYERS = [
     "engine",
     "engines",
     "rollout",
+    "endpoint",
+    "dialogue",
     "rewards",
     "judge",
     "credit",
@@ -57,6 +59,7 @@ LAYERS = [
     "compare",
     "report",
     "display",
+    "serving",
     "cli",
 ]
 """Every module and folder, in the order of the flow."""

@@ -33,8 +33,11 @@ WARMUPS = ("tools", "search")
 """The protocols that `turnwise warmup` can teach."""
 LARGEST_GROUP = 128
 """Rollouts in a group that `turnwise lab` takes on."""
-EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
-"""What the extra `train` brings."""
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors"), "train"),
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+}
+"""The extra that brings each module."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in EXTRA_MODULES:
+        if missing not in EXTRAS:
             raise
-        return _failed(f'this command needs {missing}; install it: pip install "turnwise[train]"', 2)
+        return _failed(f'this command needs {missing}; install it: pip install "turnwise[{EXTRAS[missing]}]"', 2)
     except (TurnwiseError, ExceptionGroup) as error:
         ours = _first_of_ours(error)
         if ours is None:
@@ -470,46 +473,95 @@ def evaluate(
     *,
     tasks: str | None = None,
     split: Literal["train", "validation", "test"] | None = None,
-    mode: Literal["greedy", "sampled"] = "greedy",
+    mode: Literal["greedy", "sampled"] | None = None,
     limit: int | None = None,
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
     name: str | None = None,
     judge: bool = True,
+    samples: int = 1,
+    pass_at: str = "",
+    max_turn_tokens: int | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
+    endpoint: str | None = None,
+    model: str | None = None,
+    key_env: str | None = None,
+    concurrency: int = 8,
+    timeout_s: float = 120.0,
+    out: Path | None = None,
 ) -> None:
-    """Measure a run's policy on questions, with confidence intervals.
+    """Measure a run's policy on questions, or any model behind an OpenAI-compatible endpoint, with intervals.
 
     Args:
-        run: A run directory, a checkpoint folder, or "embedded".
+        run: A run directory, a checkpoint folder, or "embedded"; with --endpoint also a file of options.
         tasks: "atlas", "atlas-two-hop" or a file of questions; by default the run's own.
         split: Which of them; by default the atlas's test split, or a file's validation questions.
-        mode: Take the most probable tokens, or draw them as in training.
+        mode: Take the most probable tokens, or draw them as in training; by default greedy, with --samples sampled.
         limit: Play so many questions, evenly spaced over all of them.
         checkpoint: The run's best by validation, or its last.
         seed: Decides the draws of --mode sampled.
-        name: What to call the result in the run directory; by default the split's or file's name.
+        name: What to call the result; by default the split's or file's name, and the model's with --endpoint.
         judge: Leave the run's judge in peace, if it has one.
+        samples: Rollouts of each question.
+        pass_at: Numbers k, as in 1,4,8: also estimate the chance that one of k samples matches exactly.
+        max_turn_tokens: Most tokens of a turn, instead of the run's own number.
+        engine: What draws, instead of the run's own engine: hf or vllm.
+        endpoint: Ask the model there, in the run's environment: an address such as http://127.0.0.1:8000/v1.
+        model: The endpoint's name for the model.
+        key_env: The environment variable that holds the endpoint's key, where it wants one.
+        concurrency: Most requests to the endpoint at once.
+        timeout_s: Seconds that one request may take.
+        out: Folder for the result; by default the run directory, where it is one.
     """
     from turnwise.evaluation import evaluate as evaluated
     from turnwise.evaluation import is_run, write_evaluation
 
     if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
         raise ConfigError(f"name must be letters, digits, '-', '_' or '.'; got {name!r}; rename it")
+    target = out or (Path(run) if is_run(Path(run)) else None)
+    if target and not target.is_dir():
+        raise RunError(f"out must be a folder; {target} is none; make it, or choose another")
     evaluation = evaluated(
         run,
         tasks,
         split=split,
-        mode=mode,
+        mode=mode or ("greedy" if samples == 1 else "sampled"),
         limit=limit,
         checkpoint=checkpoint,
         seed=seed,
         name=name,
         judge=judge,
+        samples=samples,
+        pass_at=_whole_numbers("pass-at", pass_at),
+        max_turn_tokens=max_turn_tokens,
+        engine=engine,
+        endpoint=_endpoint(endpoint, model, key_env, concurrency, timeout_s),
     )
-    _print_evaluation(run, evaluation)
-    if is_run(Path(run)):
-        path = write_evaluation(Path(run), evaluation)
+    _print_evaluation(model or run, evaluation)
+    if target:
+        path = write_evaluation(target, evaluation)
         print(f"Written to {path}, and question by question to {path.with_suffix('.jsonl').name}.")
+
+
+def _endpoint(url: str | None, model: str | None, key_env: str | None, concurrency: int, timeout_s: float) -> Any:
+    """The endpoint to ask, if one is named."""
+    from turnwise.endpoint import EndpointConfig
+
+    if url is None:
+        if model or key_env:
+            raise ConfigError("model and key-env must come with an endpoint; there is none; name it with --endpoint")
+        return None
+    return EndpointConfig(
+        url=url, model=model or "", key_env=key_env, concurrency=concurrency, timeout_s=timeout_s, backoff_s=1.0
+    )
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers in a text such as 1,4,8."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        raise ConfigError(f"{option} must be whole numbers with commas between; got {text!r}; write 1,4,8")
+    return tuple(map(int, parts))
 
 
 def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
@@ -521,6 +573,8 @@ def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
     if evaluation.judge:
         numbers = {name.removeprefix("judge/"): value for name, value in evaluation.judge.items()}
         print("judge: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    if evaluation.endpoint:
+        print("endpoint: " + ", ".join(f"{name} {value:.6g}" for name, value in evaluation.endpoint.items()))
     failed = [rollout for _, rollout in evaluation.records if rollout.stop == "error"]
     if failed:
         total = len(evaluation.records)
@@ -591,6 +645,41 @@ def ask(
         console.print(Text(visible(f"{cut}\n(cut off: no room for more tokens)").lstrip()))
     if rollout.error:
         raise InputError(f"the tools must not fail; got {rollout.error}; correct them")
+
+
+def serve(
+    run: str,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_env: str | None = None,
+    name: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    engine: Literal["hf", "vllm"] = "hf",
+) -> None:
+    """Serve a run's agent as an OpenAI-compatible chat endpoint.
+
+    Args:
+        run: A run directory, a checkpoint folder, or "embedded".
+        host: Address to listen on; another than this machine's own needs a token.
+        port: Port to listen on; 0 takes any free one.
+        token_env: The environment variable that holds the token which clients must send.
+        name: The model's name; by default the run's folder.
+        checkpoint: The run's best by validation, or its last.
+        engine: What draws: hf in this process, or vllm on a GPU.
+    """
+    from turnwise.serving.app import listening, load_served, make_app, server, token_in
+
+    token = token_in(token_env)
+    with listening(host, port, token=token) as sock:
+        served = load_served(run, name=name, checkpoint=checkpoint, engine=engine)
+        agent, raw = served.names
+        print(f"{agent} (the agent) and {raw} (the policy alone) on http://{host}:{sock.getsockname()[1]}/v1")
+        print("POST /v1/chat/completions   GET /v1/models   GET /health   Ctrl-C stops", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server(make_app(served, token=token)).run(sockets=[sock])
+        print("stopped")
 
 
 def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
@@ -733,6 +822,7 @@ COMMANDS = {
     "train": Command("train a policy and leave a run directory", build=_train_command),
     "eval": Command("measure a policy on questions, with intervals", evaluate),
     "ask": Command("ask a policy a question and watch it work", ask),
+    "serve": Command("serve a run's agent as an OpenAI-compatible chat endpoint", serve),
     "report": Command("table, curves and the credit of every turn, from runs", report),
     "credit": Command("credit of recorded rollouts by several methods, side by side", credit),
     "lab": Command("compare estimators with exact gradients on small processes", lab),

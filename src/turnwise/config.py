@@ -17,6 +17,7 @@ from turnwise.protocols import NATIVE, ProtocolName, protocol_named
 from turnwise.rewards import DEFAULT_WEIGHTS, JUDGED
 from turnwise.rollout import check_branches
 
+ENGINES = ("hf", "vllm")
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
 RATIOS = ("token", "turn", "sequence")
@@ -114,6 +115,11 @@ class TrainConfig:
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
 
+    engine: Literal["hf", "vllm"] = "hf"
+    """What draws the rollouts: the in-process engine, or vLLM on a GPU (docs/engines.md)."""
+    vllm_memory_share: float = 0.4
+    """Engine vllm: the share of the GPU's memory that it may take, weights included; training needs the rest."""
+
     seed: int = 0
     """Decides the order of tasks and every draw. Two runs with one seed see the same tasks."""
     steps: int = 60
@@ -173,6 +179,7 @@ class TrainConfig:
             if value not in known:
                 raise unknown_name(option, value, known)
         self._check_critic()
+        self._check_engine()
         if self.exact_match not in EXACT_MATCHES:
             raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
         if self.ratio not in RATIOS:
@@ -224,6 +231,12 @@ class TrainConfig:
                         f"{name.replace('_', '-')} must go with a method that has a critic; got {self.estimator}; "
                         f"leave it out, or take one of {', '.join(CRITIC_METHODS)}"
                     )
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        if self.engine != "vllm" and self.vllm_memory_share != TrainConfig.vllm_memory_share:
+            raise ConfigError(f"vllm-memory-share must go with engine vllm; got engine {self.engine}; leave it out")
 
     def _check_judge(self) -> None:
         """Bad options of the judge, and options of a judge that is not there, raise here."""
@@ -349,6 +362,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_turns", 1, 1000),
     ("max_turn_tokens", 4, 1_000_000),
     ("temperature", 1e-3, 100),
+    ("vllm_memory_share", 0.01, 1),
     ("seed", 0, 2**63),
     ("steps", 1, _INF),
     ("tasks_per_step", 1, _INF),

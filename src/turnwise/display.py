@@ -253,9 +253,9 @@ def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
     table.add_column("questions", justify="right")
     means = evaluation["metrics"]
     titles = SEARCHED if "final_format" in means else EVALUATED
-    columns = [name for name in titles if name in means]
+    columns = [name for name in titles if name in means] + [name for name in means if name.startswith("pass@")]
     for name in columns:
-        table.add_column(titles[name], justify="right")
+        table.add_column(titles.get(name, name), justify="right")
     kinds = evaluation["by_kind"] if len(evaluation["by_kind"]) > 1 else {}
     for kind, estimates in {"all": means, **kinds}.items():
         count = next(iter(estimates.values()))["n"]

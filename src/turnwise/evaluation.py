@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,14 +15,17 @@ import torch
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
-from turnwise.config import ATLAS_HOPS, TrainConfig, without_judge
+from turnwise.config import ATLAS_HOPS, TrainConfig, config_from_dict, read_config_file, without_judge
 from turnwise.cores import in_parallel, parts_at_once
-from turnwise.engine import Engine
+from turnwise.dialogue import EndpointSpeaker, run_dialogues
+from turnwise.endpoint import Client, EndpointConfig, Reply
+from turnwise.engine import Engine, PolicyEngine
 from turnwise.engines.hf import HFEngine
+from turnwise.engines.vllm import VLLMEngine
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
-from turnwise.protocols import ProtocolName, protocol_named
+from turnwise.protocols import NATIVE, ProtocolName, protocol_named
 from turnwise.rewards import (
     answer_presence,
     has_final_format,
@@ -47,14 +53,15 @@ RESAMPLES = 2000
 def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tools") -> dict[str, float]:
     """What is reported of one rollout, by name; `docs/run-format.md` says what each is.
 
-    A metric that a rollout cannot have is absent: `well_called` without calls; the four about searches where
-    the task names no gold articles (its metadata's `articles`) or a tool does not say what it returned; the
-    format measures of the other protocol.
+    A metric that a rollout cannot have is absent: `tokens` without token ids; `well_called` without calls; the four
+    about searches where the task names no gold articles (its metadata's `articles`) or a tool does not say what it
+    returned; the format measures of the other protocol.
     """
     results = [result for turn in rollout.turns for result in turn.results if not result.error]
     answer = rollout.answer
     said = answer if answer is not None else ""
     golds = list(task.answers)
+    tokens = sum(len(turn.action_ids) for turn in rollout.turns)
     return {
         "tool_execution": float(bool(results)),
         "answer_in_results": max((metrics.answer_presence(r.text, golds) for r in results), default=0.0),
@@ -66,7 +73,7 @@ def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tool
         **_format_metrics(rollout, protocol),
         "terminated": float(rollout.terminated),
         "turns": float(len(rollout.turns)),
-        "tokens": float(sum(len(turn.action_ids) for turn in rollout.turns)),
+        **({"tokens": float(tokens)} if tokens or not rollout.turns else {}),
         **_call_metrics(task, rollout),
     }
 
@@ -142,6 +149,8 @@ class Evaluation:
     """Cost and disagreement of the judge (see `judge_metrics`); empty without one."""
     protocol: ProtocolName = "tools"
     """The tags in which the questions were played."""
+    endpoint: Mapping[str, float] = field(default_factory=dict)
+    """Requests to an endpoint and what they took; empty for a policy of our own."""
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -189,34 +198,100 @@ def play(
     limits: Limits,
     mode: Mode = "greedy",
     seed: Sequence[int] = (0,),
+    samples: int = 1,
 ) -> list[tuple[Task, Rollout]]:
-    """Each question once, scored; judged too where the setting has a judge."""
+    """`samples` rollouts of each question, scored; judged too where the setting has a judge."""
     temperature = 0.0 if mode == "greedy" else setting.config.temperature
-    groups = draw(tasks, setting, engines, chat, limits=limits, temperature=temperature, seed=seed)
-    played = [(task, group[0]) for task, group in zip(tasks, groups, strict=True)]
-    return list(zip(tasks, setting.all_scored(played), strict=True))
+    groups = draw(tasks, setting, engines, chat, limits=limits, temperature=temperature, seed=seed, group_size=samples)
+    return _scored(tasks, groups, setting)
+
+
+def play_endpoint(
+    tasks: Sequence[Task],
+    setting: Setting,
+    endpoint: EndpointConfig,
+    *,
+    max_turn_tokens: int,
+    mode: Mode = "greedy",
+    seed: Sequence[int] = (0,),
+    samples: int = 1,
+) -> tuple[list[tuple[Task, Rollout]], dict[str, float]]:
+    """As `play`, by the model behind an endpoint; and what that took."""
+    client, started = Client(endpoint), time.perf_counter()
+    with ThreadPoolExecutor(endpoint.concurrency) as pool:
+        speaker = EndpointSpeaker(client, pool, protocol_named(setting.config.protocol))
+        groups = awaited(
+            run_dialogues(
+                tasks,
+                setting.environment,
+                speaker,
+                samples=samples,
+                max_turn_tokens=max_turn_tokens,
+                temperature=0.0 if mode == "greedy" else setting.config.temperature,
+                seed=seed,
+            )
+        )
+    return _scored(tasks, groups, setting), _costs(speaker.replies, time.perf_counter() - started)
+
+
+def _scored(tasks: Sequence[Task], groups: Sequence[Sequence[Rollout]], setting: Setting) -> list[tuple[Task, Rollout]]:
+    """The rollouts of each task, with their rewards, in one list."""
+    played = [(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group]
+    return list(zip([task for task, _ in played], setting.all_scored(played), strict=True))
+
+
+def _costs(replies: Sequence[Reply], seconds: float) -> dict[str, float]:
+    return {
+        "requests": float(len(replies)),
+        "retried": float(sum(reply.retried for reply in replies)),
+        "prompt_tokens": float(sum(reply.prompt_tokens for reply in replies)),
+        "completion_tokens": float(sum(reply.completion_tokens for reply in replies)),
+        "seconds": round(seconds, 3),
+    }
 
 
 def summarised(
-    name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools"
+    name: str,
+    mode: Mode,
+    pairs: Sequence[tuple[Task, Rollout]],
+    protocol: ProtocolName = "tools",
+    *,
+    pass_at: Sequence[int] = (),
+    endpoint: Mapping[str, float] | None = None,
 ) -> Evaluation:
-    """The evaluation of played questions."""
+    """The evaluation of played questions. Rollouts of one question are its samples; intervals are over questions.
+
+    A metric `pass@K` is added for each K in `pass_at`: of exact match, over the questions with so many samples.
+    """
     counted = [(task, rollout) for task, rollout in pairs if rollout.stop != "error"]
     kinds = dict.fromkeys(task.kind for task, _ in counted)
     return Evaluation(
         name=name,
         mode=mode,
-        metrics=_estimates(counted, protocol),
-        by_kind={kind: _estimates([p for p in counted if p[0].kind == kind], protocol) for kind in kinds},
+        metrics=_estimates(counted, protocol, pass_at),
+        by_kind={kind: _estimates([p for p in counted if p[0].kind == kind], protocol, pass_at) for kind in kinds},
         records=pairs,
         judge=judge_metrics(pairs),
         protocol=protocol,
+        endpoint=endpoint or {},
     )
 
 
-def _estimates(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName) -> dict[str, Estimate]:
-    rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs]
-    return {name: bootstrap(values) for name, values in _columns(rows).items()}
+def _estimates(
+    pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName, pass_at: Sequence[int]
+) -> dict[str, Estimate]:
+    """Each metric's estimate, from every question's mean over its samples."""
+    by_question: dict[str, list[dict[str, float]]] = {}
+    for task, rollout in pairs:
+        by_question.setdefault(task.id, []).append(rollout_metrics(task, rollout, protocol))
+    questions = [_question_metrics(rows, pass_at) for rows in by_question.values()]
+    return {name: bootstrap(values) for name, values in _columns(questions).items()}
+
+
+def _question_metrics(rows: Sequence[Mapping[str, float]], pass_at: Sequence[int]) -> dict[str, float]:
+    correct = round(sum(row["exact_match"] for row in rows))
+    passed = {f"pass@{k}": metrics.pass_at(k, samples=len(rows), correct=correct) for k in pass_at if k <= len(rows)}
+    return {**{name: float(np.mean(values)) for name, values in _columns(rows).items()}, **passed}
 
 
 def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
@@ -231,6 +306,7 @@ def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "metrics": plain(evaluation.metrics),
         "by_kind": {kind: plain(found) for kind, found in evaluation.by_kind.items()},
         **({"judge": dict(evaluation.judge)} if evaluation.judge else {}),
+        **({"endpoint": dict(evaluation.endpoint)} if evaluation.endpoint else {}),
     }
 
 
@@ -251,16 +327,28 @@ def evaluate(
     seed: int = 0,
     name: str | None = None,
     judge: bool = True,
+    samples: int = 1,
+    pass_at: Sequence[int] = (),
+    endpoint: EndpointConfig | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
+    max_turn_tokens: int | None = None,
 ) -> Evaluation:
-    """How well a policy answers questions: each one once, with bootstrap intervals.
+    """How well a policy answers questions, with bootstrap intervals.
 
     `run` is a run directory, a checkpoint folder, "embedded" or "embedded-search"; it plays with its run's tools and
     rewards. `tasks` are questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which
     `split` chooses (by default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced.
     A run's judge is asked too, unless `judge` is False. Raises RunError where every rollout failed.
+
+    Each question is played `samples` times; `pass_at` names the k of pass@k. `engine` and `max_turn_tokens` replace the
+    run's own. With `endpoint`, the model there plays in the place of the run's policy, and `run` may also be a file of
+    options.
     """
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
-    policy, config = run_policy(run, checkpoint)
+    _check_samples(samples, pass_at, mode)
+    policy, config = (None, _spoken(run_config(run))) if endpoint else run_policy(run, checkpoint)
+    replaced = {"engine": engine, "max_turn_tokens": max_turn_tokens}
+    config = dataclasses.replace(config, **{name: value for name, value in replaced.items() if value is not None})
     if not judge:
         config = without_judge(config)
     if config.judge:
@@ -269,14 +357,39 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be >= 1; got {limit}; leave it out to play every question")
     setting = _setting(config, spread(chosen, limit or len(chosen)))
-    limits = rollout_limits(config, policy)
-    check_prompts(setting, policy, limits)
-    engines = make_engines(policy, config)
-    pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, mode=mode, seed=(seed,))
-    evaluation = summarised(name or called, mode, pairs, config.protocol)
+    how: Any = {"mode": mode, "seed": (seed,), "samples": samples}
+    costs: Mapping[str, float] = {}
+    if endpoint:
+        called = f"{called}-{re.sub(r'[^a-zA-Z0-9.]+', '-', endpoint.model).strip('-.')}"
+        pairs, costs = play_endpoint(
+            setting.validation, setting, endpoint, max_turn_tokens=config.max_turn_tokens, **how
+        )
+    else:
+        assert policy is not None
+        limits = rollout_limits(config, policy)
+        check_prompts(setting, policy, limits)
+        engines = make_engines(policy, config)
+        pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, **how)
+    evaluation = summarised(name or called, mode, pairs, config.protocol, pass_at=pass_at, endpoint=costs)
     if not evaluation.metrics:
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
     return evaluation
+
+
+def _spoken(config: TrainConfig) -> TrainConfig:
+    """The configuration for an endpoint, whose calls are in OpenAI's shape: what protocol records them is no matter."""
+    return dataclasses.replace(config, protocol="hermes") if config.protocol == NATIVE else config
+
+
+def _check_samples(samples: int, pass_at: Sequence[int], mode: Mode) -> None:
+    """Raises ConfigError for numbers of samples that there cannot be, or that would all be alike."""
+    if samples < 1 or any(not 1 <= k <= samples for k in pass_at):
+        raise ConfigError(
+            f"samples must be >= 1, and pass-at between 1 and samples; got {samples} and "
+            f"{', '.join(map(str, pass_at)) or 'none'}; draw at least as many samples as the largest pass-at"
+        )
+    if samples > 1 and mode == "greedy":
+        raise ConfigError("samples must go with mode sampled: greedy ones are all alike; give mode sampled")
 
 
 def rollouts(
@@ -335,8 +448,7 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     _check_names(checkpoint=checkpoint)
     folder = Path(run)
     if str(run) in EMBEDDED:
-        search = TrainConfig(protocol="search", tasks="atlas-two-hop", max_turns=SEARCH_TURNS)
-        return load_policy(run), search if str(run) == "embedded-search" else TrainConfig()
+        return load_policy(run), _embedded_config(str(run))
     if not folder.is_dir():
         raise InputError(
             f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "
@@ -354,6 +466,27 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
         )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
     return load_policy(folder), read_config(above[0]) if above else TrainConfig(policy=str(folder))
+
+
+def _embedded_config(name: str) -> TrainConfig:
+    if name == "embedded-search":
+        return TrainConfig(protocol="search", tasks="atlas-two-hop", max_turns=SEARCH_TURNS)
+    return TrainConfig()
+
+
+def run_config(source: str | Path) -> TrainConfig:
+    """The configuration of a run, without its policy: of a run directory, an embedded policy, or a file of options."""
+    if str(source) in EMBEDDED:
+        return _embedded_config(str(source))
+    path = Path(source)
+    if path.is_file():
+        return config_from_dict(read_config_file(path), str(path))
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"a run must be a run directory, a file of options or {' or '.join(EMBEDDED)}; got {str(source)!r}; check "
+            "the path"
+        )
+    return read_config(path)
 
 
 def is_run(folder: Path) -> bool:
@@ -440,11 +573,21 @@ def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
     return HFEngine(policy.model, stop_ids=policy.chat.stop_ids, max_rows=max_rows, max_context=policy.context)
 
 
-def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[HFEngine]:
+def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[PolicyEngine]:
     """As many engines as play at the same time: one per thread for a small policy, with `max_rows` in all.
 
-    A user's tools are called from one thread alone, so with them there is one engine.
+    A user's tools are called from one thread alone, so with them there is one engine. vLLM is one engine too.
     """
+    if config.engine == "vllm":
+        return [
+            VLLMEngine(
+                policy.model,
+                stop_ids=policy.chat.stop_ids,
+                max_rows=max_rows,
+                max_context=policy.context,
+                memory_share=config.vllm_memory_share,
+            )
+        ]
     count = 1 if config.tools else parts_at_once(policy.model, config.threads or torch.get_num_threads())
     return [make_engine(policy, max_rows=-(-max_rows // count)) for _ in range(count)]
 

@@ -79,7 +79,7 @@ class _Player:
         try:
             prompt = tuple(self.chat.prompt_ids(environment.start()))
         except Exception as failure:  # whatever a user's environment raises is a fact about this rollout
-            return _Line(environment=environment, prompt=(), seed=seed, stop="error", error=_described(failure))
+            return _Line(environment=environment, prompt=(), seed=seed, stop="error", error=described(failure))
         if len(prompt) + self.limits.max_turn_tokens > self.limits.context:
             raise InputError(
                 f"the prompt of task {self.task.id!r} must leave room for a turn of {self.limits.max_turn_tokens} "
@@ -117,7 +117,7 @@ class _Player:
                 step = await line.environment.step(text)
                 line.stop = step.stop
             except Exception as failure:
-                line.stop, line.error = "error", _described(failure)
+                line.stop, line.error = "error", described(failure)
         if line.stop is None:
             used = len(ids) + len(completion.token_ids)
             room = limits.context - used - _reserved(self.chat, limits, len(line.turns) + 1)
@@ -232,7 +232,7 @@ def _sibling(line: _Line, seed: int, child: int) -> _Line:
     try:
         new.environment = forked(line.environment)
     except Exception as failure:
-        new.stop, new.error = "error", f"a copy of the environment failed: {_described(failure)}"
+        new.stop, new.error = "error", f"a copy of the environment failed: {described(failure)}"
     return new
 
 
@@ -266,7 +266,7 @@ def _reserved(chat: Chat, limits: Limits, turns: int) -> int:
     return to_come * limits.max_turn_tokens + (to_come - 1) * chat.empty_reply_length
 
 
-def _described(failure: Exception) -> str:
+def described(failure: Exception) -> str:
     """An exception's class and text on one line."""
     return " ".join(f"{type(failure).__name__}: {failure}".split())
 
@@ -320,7 +320,7 @@ async def run_groups(
         for group, task in enumerate(tasks, start=first_group)
         for member in range(group_size)
     ]
-    done = await _together(jobs)
+    done = await together(jobs)
     return [done[i : i + group_size] for i in range(0, len(done), group_size)]
 
 
@@ -337,7 +337,7 @@ async def run_trees(
     first_group: int = 0,
 ) -> list[list[Rollout]]:
     """One tree of every task, all at once; the leaves of each, as `run_tree` gives them, numbered as groups are."""
-    return await _together(
+    return await together(
         [
             run_tree(
                 task,
@@ -355,7 +355,7 @@ async def run_trees(
     )
 
 
-async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of jobs that run at once; the first failure ends all of them and is raised as itself."""
     try:
         async with asyncio.TaskGroup() as running:

@@ -18,11 +18,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from turnwise.engine import Completion, Sampling, fork_onto_session
+from turnwise.engine import (
+    Completion,
+    Sampling,
+    Watch,
+    check_answered,
+    check_finite,
+    check_prompt,
+    fork_onto_session,
+)
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.sampling import drawn_tokens
-from turnwise.errors import ConfigError, InputError
+from turnwise.errors import ConfigError
 
 PREFILL_TOKENS = 8192
 """Most tokens, padding included, of one prefill pass."""
@@ -53,6 +61,7 @@ class _Request:
     prompt: np.ndarray
     sampling: Sampling
     future: asyncio.Future[Completion]
+    watch: Watch | None = None
 
 
 class _Rows:
@@ -64,6 +73,7 @@ class _Rows:
     def __init__(self, rows: int, length: int) -> None:
         self.active = np.zeros(rows, bool)
         self.reserved = np.zeros(rows, bool)
+        self.watched = np.zeros(rows, bool)  # whether someone wants to know of each token
         self.length = np.zeros(rows, np.int64)  # tokens in the key-value cache; 0 where free
         self.start = np.zeros(rows, np.int64)  # where the tokens of the present request begin
         self.end = np.zeros(rows, np.int64)  # and where its budget ends
@@ -131,21 +141,25 @@ class HFEngine:
         self._arrival: asyncio.Event | None = None
         self._clear()
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable, watch: Watch | None = None
+    ) -> Completion:
         """A completion of `prompt_ids`, the whole conversation so far, drawn token by token.
 
         Raises InputError for an empty prompt, one longer than `max_context` - 1, a token id outside
         the vocabulary, or a second request of one session before the first is answered.
         """
-        prompt = self._checked_prompt(prompt_ids)
+        check_prompt(prompt_ids, vocab=self._vocab, max_context=self.max_context)
         earlier = self._sessions.get(session)
-        if earlier is not None and not earlier.future.done():
-            raise InputError(
-                f"a session must wait for its answer before it asks again; got a second request of "
-                f"session {session!r}; give every conversation its own session"
-            )
+        check_answered(earlier is None or earlier.future.done(), session)
         loop = asyncio.get_running_loop()
-        request = _Request(session=session, prompt=prompt, sampling=sampling, future=loop.create_future())
+        request = _Request(
+            session=session,
+            prompt=np.asarray(prompt_ids, np.int64),
+            sampling=sampling,
+            future=loop.create_future(),
+            watch=watch,
+        )
         self._sessions[session] = request
         self._waiting.append(request)
         self._notify()
@@ -238,6 +252,7 @@ class HFEngine:
         rows.uniforms[row, size : size + budget] = _uniforms(sampling.seed, budget)
         rows.temperature[row] = sampling.temperature
         rows.request[row], rows.session[row] = request, request.session
+        rows.watched[row] = request.watch is not None
         rows.active[row] = rows.reserved[row] = True
         self._row_of[request.session] = row
 
@@ -283,20 +298,6 @@ class HFEngine:
     def _notify(self) -> None:
         if self._arrival is not None:
             self._arrival.set()
-
-    def _checked_prompt(self, prompt_ids: Sequence[int]) -> np.ndarray:
-        prompt = np.asarray(prompt_ids, np.int64)
-        if not 1 <= len(prompt) < self.max_context:
-            raise InputError(
-                f"a prompt must have 1 to {self.max_context - 1} tokens (max_context - 1); "
-                f"got {len(prompt)}; shorten it or raise max_context"
-            )
-        if prompt.min() < 0 or prompt.max() >= self._vocab:
-            raise InputError(
-                f"token ids must be in [0, {self._vocab}); got {prompt.min()} to {prompt.max()}; "
-                "use the tokenizer that belongs to the model"
-            )
-        return prompt
 
     # ---- tensors ----
 
@@ -462,15 +463,14 @@ class HFEngine:
             self._tensor(rows.uniforms[active, place]),
         )
         ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
-        if not np.isfinite(values).all():
-            raise InputError(
-                "the model must give finite logits; got a log-probability that is not; "
-                "check the weights (a diverged run?)"
-            )
+        check_finite(values)
         rows.tokens[active, place] = ids
         rows.logprobs[active, place] = values
         rows.used[active] = self.stats.decode_steps
         self.stats.decoded_tokens += len(active)
+        heard = rows.watched[active]
+        for request, token in zip(rows.request[active[heard]].tolist(), ids[heard].tolist(), strict=True):
+            request.watch(token)
         done = self._is_stop[ids] | (place + 1 == rows.end[active])
         for row in active[done]:
             self._answer(int(row))
