@@ -31,7 +31,7 @@ def search_tool(index: SearchIndex, *, k: int = 1, cap: int = RESULT_CAP) -> Too
         """Looks up articles by keywords and returns the best match."""
         return _found(index.search(query, k), cap)
 
-    return tool(search, result_cap=cap)
+    return tool(search, result_cap=cap, inline=True)
 
 
 def remote_search_tool(url: str, *, k: int = 1, timeout_s: float = 10.0, cap: int = RESULT_CAP) -> Tool:
