@@ -21,7 +21,7 @@ def test_paths_weights_and_names_survive_json():
     )
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))), "x")
     assert again == config
-    assert isinstance(again.tools, Path)
+    assert isinstance(again.rewards, Path)
 
 
 @pytest.mark.parametrize(

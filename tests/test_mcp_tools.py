@@ -1,6 +1,7 @@
 """Tools of MCP servers: a real server of the SDK, over stdin and stdout and over HTTP."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -22,8 +23,16 @@ from turnwise.tools import Tool, ToolSession, call_tool, call_tools, check_forka
 from turnwise.types import Action, ToolCall, ToolResult
 
 pytest.importorskip("mcp")
+# The SDK leaves a stream open where an HTTP server cannot be reached.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 SERVER = Path(__file__).with_name("mcp_server.py")
 COMMAND = f"{sys.executable} {SERVER}"
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()  # what a test left behind is told here, not in the tests of another file
 
 
 def called(tools: dict[str, Tool], name: str, **arguments: Any) -> ToolResult:

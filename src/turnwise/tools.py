@@ -613,10 +613,8 @@ class ToolSession:
             close = getattr(found, "close", None)
             failed = await done_beside(close, TIMEOUT_S) if close else None
             if isinstance(failed, Failure):
-                warnings.warn(
-                    f"{type(found).__name__} was not closed: {type(failed.error).__name__}: {failed.error}",
-                    stacklevel=2,
-                )
+                reason = f"{type(failed.error).__name__}: {_error_text(failed.error)}"
+                warnings.warn(f"{type(found).__name__} was not closed: {reason}", stacklevel=2)
 
     async def _made(self, owner: Callable[..., Any]) -> Any:
         made = await done_beside(functools.partial(owner, *self._given(owner)), TIMEOUT_S)

@@ -66,14 +66,15 @@ def _value(node: ast.expr) -> int | float:
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return _number(_BINARY[type(node.op)](_value(node.left), _value(node.right)))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        return _called(node.func.id, [_value(argument) for argument in node.args])
+        return _called(node.func.id, node.args)
     raise ToolError(f"the expression must hold numbers, operators and functions alone; got {ast.unparse(node)[:60]}")
 
 
-def _called(name: str, values: list[int | float]) -> int | float:
+def _called(name: str, arguments: list[ast.expr]) -> int | float:
     function = _FUNCTIONS.get(name)
     if function is None:
         raise ToolError(f"there is no function {name[:30]}; there are: {', '.join(_FUNCTIONS)}")
+    values = [_value(argument) for argument in arguments]
     try:
         return _number(function(*values))
     except TypeError as error:
