@@ -77,10 +77,9 @@ def main() -> None:
             took, used = time.perf_counter() - start, cpu_s() - before
             assert all(rollout.answer == "x" for rollout in rollouts)
             chain = calls * latency_s
-            print(
-                f"{kind:7} {calls:5}  {options.rollouts:8}  {took:7.2f}  {chain:12.2f}  {took / chain:5.2f}  {used:5.2f}"
-                f"  {1000 * used / sum(lengths):12.3f}"
-            )
+            each = 1000 * used / sum(lengths)
+            head = f"{kind:7} {calls:5}  {options.rollouts:8}  {took:7.2f}  {chain:12.2f}"
+            print(f"{head}  {took / chain:5.2f}  {used:5.2f}  {each:12.3f}")
 
 
 if __name__ == "__main__":

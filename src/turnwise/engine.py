@@ -121,7 +121,7 @@ class ScriptedEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable) -> Completion:
         """The session's next reply and the closing token, cut at `sampling.max_tokens`."""
-        reply = self._next_reply(self._codec.decode(prompt_ids), session)
+        reply = self._next_reply(prompt_ids, session)
         ids = (*self._codec.encode_text(reply), self._codec.end_id)
         kept = ids[: sampling.max_tokens]
         finish = "stop" if len(kept) == len(ids) else "length"
@@ -139,11 +139,11 @@ class ScriptedEngine:
         self._scripts.pop(session, None)
         self._calls.pop(session, None)
 
-    def _next_reply(self, prompt: str, session: Hashable) -> str:
+    def _next_reply(self, prompt_ids: Sequence[int], session: Hashable) -> str:
         if callable(self._replies):
-            return self._replies(prompt)
+            return self._replies(self._codec.decode(prompt_ids))
         if session not in self._scripts:
-            self._scripts[session] = _script(self._replies, prompt)
+            self._scripts[session] = _script(self._replies, self._codec.decode(prompt_ids))
         script, call = self._scripts[session], self._calls.get(session, 0)
         if call >= len(script):
             raise InputError(

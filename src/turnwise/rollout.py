@@ -60,7 +60,11 @@ class _Line:
 
     def ids(self) -> list[int]:
         """The whole conversation."""
-        return [*self.prompt, *(i for turn in self.turns for i in (*turn.action_ids, *turn.reply_ids))]
+        ids = list(self.prompt)
+        for turn in self.turns:
+            ids += turn.action_ids
+            ids += turn.reply_ids
+        return ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -394,6 +394,8 @@ async def _one_try(found: Tool, arguments: Mapping[str, Any]) -> Any:
         except (Exception, SystemExit) as error:  # a tool that calls exit() has failed; it must not end the training
             return Failure(error)
     call = functools.partial(found.function, **arguments)
+    if not found.gates:
+        return await done_beside(call, found.timeout_s)
     async with contextlib.AsyncExitStack() as stack:
         for gate in found.gates:
             await stack.enter_async_context(gate)
@@ -584,6 +586,7 @@ class ToolSession:
         self._tools = tools
         self._task = task
         self._objects: dict[Callable[..., Any], Any] = {}
+        self._opening: asyncio.Task[None] | None = None
         self._bound: Mapping[str, Tool] | None = None
         if all(entry.owner is None for entry in tools.values()):
             self._bound = tools
@@ -591,12 +594,16 @@ class ToolSession:
     async def tools(self) -> Mapping[str, Tool]:
         """The tools, ready to be called. What the making of an object raises, this raises."""
         if self._bound is None:
-            for owner in dict.fromkeys(entry.owner for entry in self._tools.values()):
-                if owner is not None and owner not in self._objects:
-                    self._objects[owner] = await self._made(owner)
-            self._bind()
+            self._opening = self._opening or asyncio.create_task(self._open())
+            await asyncio.shield(self._opening)  # an object that is being made when its rollout ends must be closed too
         assert self._bound is not None
         return self._bound
+
+    async def _open(self) -> None:
+        for owner in dict.fromkeys(entry.owner for entry in self._tools.values()):
+            if owner is not None:
+                self._objects[owner] = await self._made(owner)
+        self._bind()
 
     def fork(self) -> "ToolSession":
         """A session that goes on by itself, with copies of the objects as they stand."""
@@ -607,7 +614,17 @@ class ToolSession:
         return session
 
     async def close(self) -> None:
-        """Calls the objects' `close`, once; one that fails is warned of."""
+        """Calls the objects' `close`, once; one that fails is warned of. Where it is cancelled, it ends first."""
+        closing = asyncio.create_task(self._close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
+
+    async def _close(self) -> None:
+        if self._opening is not None:
+            await asyncio.gather(self._opening, return_exceptions=True)
         objects, self._objects = self._objects, {}
         for found in objects.values():
             close = getattr(found, "close", None)

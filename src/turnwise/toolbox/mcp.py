@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turnwise.background import Failure, Gate, begin, lasting_loop
+from turnwise.background import Failure, Gate, lasting_loop, waited_for
 from turnwise.errors import ConfigError, InputError, ToolError
 from turnwise.tools import TIMEOUT_S, Tool, check_options, tool_mapping
 
@@ -151,7 +151,7 @@ def mcp_tools(server: Server) -> list[Tool]:
             'tools of MCP servers need the SDK; it is not installed; pip install "turnwise[mcp]"'
         ) from error
     connection = _shared_connection(server)
-    listed = begin(connection.listed).result()
+    listed = waited_for(connection.listed)
     if isinstance(listed, Failure):
         raise ConfigError(
             f"the MCP server {server.name!r} must list its tools; {listed.error}; check it"
@@ -164,7 +164,7 @@ def mcp_tools(server: Server) -> list[Tool]:
             f"{', '.join(by_name) or 'none'}; correct the name"
         )
     if server.per_rollout:
-        begin(connection.close).result()
+        waited_for(connection.close)
     gates = () if server.concurrency is None else (_gate(server.concurrency, server.name),)
     chosen = by_name if server.tools is None else server.tools
     return list(tool_mapping(_tool(server, connection, by_name[name], gates) for name in chosen).values())

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from turnwise.background import Failure, begin
+from turnwise.background import Failure, waited_for
 from turnwise.errors import ConfigError, ToolError
 from turnwise.tools import Tool, capped, tool
 
@@ -170,7 +170,7 @@ def isolation_fault() -> str | None:
     if sys.platform != "linux":
         return f"there are no namespaces on {sys.platform}"
     bounds = {"timeout_s": 20.0, "memory_mb": 512, "disk_mb": 1, "cap": 400}
-    said = begin(functools.partial(run, "print(6 * 7)", **bounds, isolated=True)).result()
+    said = waited_for(functools.partial(run, "print(6 * 7)", **bounds, isolated=True))
     if isinstance(said, Failure):
         return " ".join(str(said.error).split())
     return None if said.strip() == "42" else f"a trial printed {said[:60]!r}"
