@@ -442,7 +442,7 @@ def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
 def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[HFEngine]:
     """As many engines as play at the same time: one per thread for a small policy, with `max_rows` in all.
 
-    A user's tools are called from one thread alone, so with them there is one engine.
+    With a user's tools there is one engine, so that inline ones are called from one thread alone.
     """
     count = 1 if config.tools else parts_at_once(policy.model, config.threads or torch.get_num_threads())
     return [make_engine(policy, max_rows=-(-max_rows // count)) for _ in range(count)]

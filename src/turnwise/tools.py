@@ -615,6 +615,8 @@ class ToolSession:
 
     async def close(self) -> None:
         """Calls the objects' `close`, once; one that fails is warned of. Where it is cancelled, it ends first."""
+        if self._opening is None and not self._objects:
+            return
         closing = asyncio.create_task(self._close())
         try:
             await asyncio.shield(closing)
