@@ -3,8 +3,9 @@
     python benchmarks/tools.py [--rollouts 1000] [--calls 1 2 4 8] [--latency-ms 50]
 
 The scripted engine answers at once, so the time is that of the tools and of this library. The ratio is the whole time
-over that of the longest chain of calls, which no number of rollouts can undercut. `chain` is the longest one; each
-rollout has 1 to that many calls, as many of each length.
+over that of the longest chain of calls, which no number of rollouts can undercut; the CPU ratio is the processor's time
+over it, which is what a busy machine cannot blur. Each rollout has 1 to `calls` calls, as many of each length, or all
+have the most with --even.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--even", action="store_true", help="every rollout has the longest chain")
     options = parser.parse_args()
     latency_s = options.latency_ms / 1000
-    print("tool    chain  rollouts  seconds  of the chain  ratio  CPU s  per call, ms")
+    print("tool    calls  rollouts  chain, s  seconds  ratio  CPU, s  CPU ratio  CPU per call, ms")
     for kind in ("async", "thread"):
         tools = tools_of(kind, latency_s)
         asyncio.run(played(tools, [1] * 10))  # starts the loop
@@ -78,8 +79,8 @@ def main() -> None:
             assert all(rollout.answer == "x" for rollout in rollouts)
             chain = calls * latency_s
             each = 1000 * used / sum(lengths)
-            head = f"{kind:7} {calls:5}  {options.rollouts:8}  {took:7.2f}  {chain:12.2f}"
-            print(f"{head}  {took / chain:5.2f}  {used:5.2f}  {each:12.3f}")
+            head = f"{kind:7} {calls:5}  {options.rollouts:8}  {chain:8.2f}  {took:7.2f}  {took / chain:5.2f}"
+            print(f"{head}  {used:6.2f}  {used / chain:9.2f}  {each:16.3f}")
 
 
 if __name__ == "__main__":
