@@ -131,6 +131,7 @@ def test_a_process_that_crashes_fails_its_call_and_is_started_again():
     assert after != before
 
 
+@pytest.mark.slow
 def test_an_http_server_that_comes_back_is_found_again():
     port = free_port()
     process = started(port)
@@ -149,6 +150,7 @@ def test_an_http_server_that_comes_back_is_found_again():
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_session_per_rollout_is_a_process_per_rollout_and_ends_with_it():
     own = tool_mapping(mcp_tools(Server(name="own", command=(sys.executable, str(SERVER)), per_rollout=True)))
 
