@@ -75,8 +75,9 @@ class TrainConfig:
     """Validation questions; by default the atlas's held-out ones, or a tenth of the training file."""
     corpus: str = ATLAS
     """What the search tool searches: "atlas", a JSON-lines file, or a folder of text files."""
-    tools: Path | None = None
-    """A Python file of tools to use instead of the search tool."""
+    tools: str | None = None
+    """Tools instead of the search tool, parted by commas: search, calculator, python, a Python file, mcp:COMMAND, the
+    URL of an MCP server, a JSON or TOML file of MCP servers."""
     rewards: Path | None = None
     """A Python file of reward functions to use beside the built-in ones."""
     reward_weights: dict[str, float] | None = None

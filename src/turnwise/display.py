@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from turnwise.env import Environment, Step
+from turnwise.env import Environment, Step, close
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
 
@@ -290,6 +290,10 @@ class Watched:
         step = await self._environment.step(text)
         self._watch(text, step)
         return step
+
+    async def close(self) -> None:
+        """Ends the environment."""
+        await close(self._environment)
 
 
 def turn_panel(number: int, text: str, step: Step) -> Table:

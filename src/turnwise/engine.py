@@ -176,7 +176,7 @@ class ScriptedEngine:
         self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable, watch: Watch | None = None
     ) -> Completion:
         """The session's next reply and the closing token, cut at `sampling.max_tokens`."""
-        reply = self._next_reply(self._codec.decode(prompt_ids), session)
+        reply = self._next_reply(prompt_ids, session)
         ids = (*self._codec.encode_text(reply), self._codec.end_id)
         kept = ids[: sampling.max_tokens]
         if watch:
@@ -199,12 +199,12 @@ class ScriptedEngine:
         self._scripts.pop(session, None)
         self._calls.pop(session, None)
 
-    def _next_reply(self, prompt: str, session: Hashable) -> str:
+    def _next_reply(self, prompt_ids: Sequence[int], session: Hashable) -> str:
         if callable(self._replies):
             self._calls[session] = self._calls.get(session, 0) + 1
-            return self._replies(prompt)
+            return self._replies(self._codec.decode(prompt_ids))
         if session not in self._scripts:
-            self._scripts[session] = _script(self._replies, prompt)
+            self._scripts[session] = _script(self._replies, self._codec.decode(prompt_ids))
         script, call = self._scripts[session], self._calls.get(session, 0)
         if call >= len(script):
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from turnwise.errors import ConfigError
 from turnwise.protocols import ProtocolName, opening, protocol_named, read_message, reply_messages
-from turnwise.tools import Tool, call_tools
+from turnwise.tools import Tool, ToolSession, call_tools
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
 
@@ -33,7 +33,8 @@ class Environment(Protocol):
     """One task, played once, in messages; tokens are none of its business.
 
     Where rollouts branch, an environment is copied between two steps: by its method `fork() -> Environment` where it
-    has one, else by `copy.deepcopy`. What one copy does afterwards must not show in another.
+    has one, else by `copy.deepcopy`. What one copy does afterwards must not show in another. A coroutine method
+    `close`, where it has one, is awaited when the rollout is over, however it ended, and may be so more than once.
     """
 
     def start(self) -> tuple[Message, ...]:
@@ -49,6 +50,13 @@ def forked(environment: Environment) -> Environment:
     """A copy of an environment as it stands, which goes on by itself."""
     fork = getattr(environment, "fork", None)
     return copy.deepcopy(environment) if fork is None else fork()
+
+
+async def close(environment: Environment) -> None:
+    """Ends an environment that has something to end."""
+    end = getattr(environment, "close", None)
+    if end is not None:
+        await end()
 
 
 class ToolEnvironment:
@@ -69,6 +77,7 @@ class ToolEnvironment:
         self._protocol.check_tools(tools)
         self._task = task
         self._tools = tools
+        self._session = ToolSession(tools, task)
         self._turns_left = max_turns
 
     def start(self) -> tuple[Message, ...]:
@@ -85,13 +94,18 @@ class ToolEnvironment:
         if stop:
             self._turns_left = 0
             return Step(action=action, stop=stop)
-        results = await call_tools(self._tools, action)
+        results = await call_tools(await self._session.tools(), action)
         reply = reply_messages(self._protocol, action, results, last=self._turns_left == 1)
         return Step(action=action, results=results, reply=reply)
 
     def fork(self) -> "ToolEnvironment":
-        """A copy with its own state and the same tools: what a tool itself remembers, all copies see."""
-        return copy.deepcopy(self, {id(shared): shared for shared in (self._task, self._tools)})
+        """A copy with its own state, and copies of the objects of its tools; what a function remembers, all see."""
+        shared = {id(one): one for one in (self._task, self._tools)}
+        return copy.deepcopy(self, {**shared, id(self._session): self._session.fork()})
+
+    async def close(self) -> None:
+        """Closes the objects of its tools."""
+        await self._session.close()
 
 
 def _stop(action: Action, *, last: bool) -> Stop | None:

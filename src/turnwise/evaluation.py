@@ -576,7 +576,7 @@ def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
 def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[PolicyEngine]:
     """As many engines as play at the same time: one per thread for a small policy, with `max_rows` in all.
 
-    A user's tools are called from one thread alone, so with them there is one engine. vLLM is one engine too.
+    With a user's tools there is one engine, so that inline ones are called from one thread alone. vLLM is one, too.
     """
     if config.engine == "vllm":
         return [

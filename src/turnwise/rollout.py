@@ -14,7 +14,7 @@ import numpy as np
 
 from turnwise.chat import Chat
 from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
-from turnwise.env import Environment, Step, forked
+from turnwise.env import Environment, Step, close, forked
 from turnwise.errors import ConfigError, InputError
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
@@ -60,7 +60,11 @@ class _Line:
 
     def ids(self) -> list[int]:
         """The whole conversation."""
-        return [*self.prompt, *(i for turn in self.turns for i in (*turn.action_ids, *turn.reply_ids))]
+        ids = list(self.prompt)
+        for turn in self.turns:
+            ids += turn.action_ids
+            ids += turn.reply_ids
+        return ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ class _Player:
                     at_state(line)
         finally:
             self.engine.release(line.session)
+            await close(line.environment)
 
     async def _turn(self, line: _Line) -> None:
         """Draws the line's next turn and lets its environment answer."""
@@ -212,6 +217,7 @@ async def run_tree(
     finally:
         for line in lines:  # a fork whose task never began still holds its session
             engine.release(line.session)
+            await close(line.environment)
     return _numbered([(line.path, player.rollout(line)) for line in sorted(lines, key=lambda line: line.path)])
 
 

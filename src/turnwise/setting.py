@@ -17,7 +17,8 @@ from turnwise.rewards import BUILT_IN, JUDGED, RewardFunction, load_rewards, sco
 from turnwise.search import load_corpus, open_index, search_tool
 from turnwise.tasks import check_answers_in_corpus, load_tasks
 from turnwise.templates import read_template
-from turnwise.tools import Tool, load_tools
+from turnwise.toolbox.sources import named_tools
+from turnwise.tools import Tool, check_forkable
 from turnwise.types import Rollout, Task
 
 VALIDATION_SHARE = 0.1
@@ -96,19 +97,22 @@ def played_protocol(config: TrainConfig) -> ProtocolName:
 
 
 def make_tools(config: TrainConfig, tasks: Sequence[Task]) -> Mapping[str, Tool]:
-    """The user's tools, or the search tool over the configured corpus, which must answer some of the tasks, if any.
+    """The configured tools. The search tool's corpus, where it is one of them, must answer some of the tasks, if any.
 
-    Raises ConfigError for tools that the protocol cannot call.
+    Raises ConfigError for tools that the protocol cannot call, or that cannot be copied where rollouts branch.
     """
-    if config.tools:
-        tools = load_tools(config.tools)
-        protocol_named(config.protocol).check_tools(tools)
-        return tools
-    index = open_index(config.corpus)
-    if tasks and (config.corpus != ATLAS or config.tasks not in ATLAS_HOPS):
-        check_answers_in_corpus(tasks, (article.text for article in load_corpus(config.corpus)))
-    tool = search_tool(index, k=config.search_results, cap=config.result_chars)
-    return {tool.name: tool}
+
+    def search() -> Tool:
+        index = open_index(config.corpus)
+        if tasks and (config.corpus != ATLAS or config.tasks not in ATLAS_HOPS):
+            check_answers_in_corpus(tasks, (article.text for article in load_corpus(config.corpus)))
+        return search_tool(index, k=config.search_results, cap=config.result_chars)
+
+    tools = named_tools(config.tools or "search", search)
+    protocol_named(config.protocol).check_tools(tools)
+    if config.branches:
+        check_forkable(tools)
+    return tools
 
 
 def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:

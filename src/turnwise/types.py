@@ -54,11 +54,12 @@ class Task:
 @dataclass(frozen=True, kw_only=True)
 class ToolResult:
     """What a tool call came to. `error` is None or the error class: `parse`, `unknown_tool`,
-    `bad_arguments`, `exception`."""
+    `bad_arguments`, `exception`, `timeout`, `bad_result`."""
 
     text: str
     error: str | None = None
     duration_s: float = 0.0
+    """Seconds from the call to its result, waiting for a place and new tries included."""
     documents: tuple[str, ...] | None = None
     """Ids of the articles that the call returned, best first; None where the tool does not say."""
 
