@@ -33,8 +33,8 @@ WARMUPS = ("tools", "search")
 """The protocols that `turnwise warmup` can teach."""
 LARGEST_GROUP = 128
 """Rollouts in a group that `turnwise lab` takes on."""
-EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
-"""What the extra `train` brings."""
+EXTRA_MODULES = {**dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors"), "train"), "peft": "lora"}
+"""Modules that an extra brings, and which."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = (error.name or "").split(".")[0]
         if missing not in EXTRA_MODULES:
             raise
-        return _failed(f'this command needs {missing}; install it: pip install "turnwise[train]"', 2)
+        return _failed(f'this command needs {missing}; install it: pip install "turnwise[{EXTRA_MODULES[missing]}]"', 2)
     except (TurnwiseError, ExceptionGroup) as error:
         ours = _first_of_ours(error)
         if ours is None:
@@ -231,6 +231,35 @@ def convert(source: Path, out: Path, /, *, format: str = "auto") -> None:
     print(f"{done.tasks:,} tasks of {done.format} in {done.tasks_path}{skipped}")
     if done.corpus_path:
         print(f"{done.articles:,} passages in {done.corpus_path}")
+
+
+def convert_weights(weights: Path, tokenizer: Path, out: Path, /) -> None:
+    """Make a checkpoint of a small pretrained Llama in llama2.c's legacy layout.
+
+    Args:
+        weights: The model's file, such as stories260K.bin.
+        tokenizer: The tokenizer's file, such as tokenizer.bin.
+        out: The folder to make.
+    """
+    from turnwise.llama2c import convert_llama2c
+    from turnwise.rundir import writing
+
+    with writing(out):
+        convert_llama2c(weights, tokenizer, out)
+    print(f"The checkpoint is in {out}; `turnwise train --policy {out}` begins with it.")
+
+
+def export(run: str, /, *, out: Path, checkpoint: Literal["best", "last"] = "best") -> None:
+    """Write a run's policy as a plain checkpoint that transformers loads; an adapter is merged into its base model.
+
+    Args:
+        run: A run directory or a checkpoint folder.
+        out: The folder to make.
+        checkpoint: The run's best by validation, or its last.
+    """
+    from turnwise.exporting import export as exported
+
+    print(f"The checkpoint is in {exported(run, out, checkpoint=checkpoint)}.")
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -684,12 +713,14 @@ COMMANDS = {
     "train": Command("train a policy and leave a run directory", build=_train_command),
     "eval": Command("measure a policy on questions, with intervals", evaluate),
     "ask": Command("ask a policy a question and watch it work", ask),
+    "export": Command("write a run's policy as a plain checkpoint", export),
     "report": Command("table, curves and the credit of every turn, from runs", report),
     "credit": Command("credit of recorded rollouts by several methods, side by side", credit),
     "lab": Command("compare estimators with exact gradients on small processes", lab),
     "search": Command("search a corpus as the agent's tool does", search),
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),
     "convert": Command("make task and corpus files from public question sets", convert),
+    "convert-weights": Command("make a checkpoint of llama2.c's weights", convert_weights),
     "warmup": Command("make a starting checkpoint from demonstrations", build=_warmup_command),
     "reproduce": Command("compare methods over seeds", build=_reproduce_command),
 }

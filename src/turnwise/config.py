@@ -67,7 +67,13 @@ class TrainConfig:
     and step-ppo (which whitens over turns itself) do not."""
 
     policy: str = "embedded"
-    """The start: "embedded" (the one for the protocol), or a checkpoint folder."""
+    """The start: "embedded" (the one for the protocol), a checkpoint folder, or a model of the Hugging Face hub."""
+    lora_rank: int = 0
+    """Learn matrices of this rank beside the policy's, which stay as they are (LoRA); 0 learns all weights."""
+    lora_alpha: float | None = None
+    """What LoRA's products are multiplied by, times the rank; by default twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers beside which LoRA learns; by default all linear layers but the output layer."""
     tasks: str = ATLAS
     """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
     validation_tasks: str | None = None
@@ -172,6 +178,7 @@ class TrainConfig:
             if value not in known:
                 raise unknown_name(option, value, known)
         self._check_critic()
+        self._check_lora()
         if self.exact_match not in EXACT_MATCHES:
             raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
         if self.ratio not in RATIOS:
@@ -222,6 +229,25 @@ class TrainConfig:
                         f"{name.replace('_', '-')} must go with a method that has a critic; got {self.estimator}; "
                         f"leave it out, or take one of {', '.join(CRITIC_METHODS)}"
                     )
+
+    def _check_lora(self) -> None:
+        """Raises ConfigError for options of LoRA where there is none, and for a critic that would copy the model."""
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_targets"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise ConfigError(
+                        f"{name.replace('_', '-')} must go with LoRA; lora-rank is 0; leave it out, or give a rank"
+                    )
+            return
+        if self.lora_alpha is not None:
+            _check_number("lora_alpha", self.lora_alpha, 1e-9, _INF, whole=False)
+        if not all(isinstance(name, str) and name for name in self.lora_targets):
+            raise ConfigError(f"lora-targets must be names of layers; got {self.lora_targets}; such as q_proj v_proj")
+        if self.estimator in CRITIC_METHODS and self.critic == "own":
+            raise ConfigError(
+                "critic 'own' must not go with lora-rank: its trunk would be a second copy of the whole model; take "
+                "--critic shared"
+            )
 
     def _check_judge(self) -> None:
         """Bad options of the judge, and options of a judge that is not there, raise here."""
@@ -347,6 +373,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_turns", 1, 1000),
     ("max_turn_tokens", 4, 1_000_000),
     ("temperature", 1e-3, 100),
+    ("lora_rank", 0, 65536),
     ("seed", 0, 2**63),
     ("steps", 1, _INF),
     ("tasks_per_step", 1, _INF),
@@ -410,6 +437,8 @@ def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
 
     Raises ConfigError where it must be text and is not.
     """
+    if typing.get_origin(kind) is tuple:
+        return tuple(value) if isinstance(value, list) else value
     kinds = typing.get_args(kind) or (kind,)  # of str | None, of Literal["own", "shared"]
     text = Path in kinds or str in kinds or all(isinstance(choice, str) for choice in kinds)
     if text and not isinstance(value, str) and not (value is None and types.NoneType in kinds):
@@ -417,7 +446,7 @@ def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
         raise ConfigError(f"{option} in {source} must be a text; got {value!r}; write it in quotes")
     if Path in kinds and value is not None:
         return Path(value)
-    return tuple(value) if name == "branches" and isinstance(value, list) else value
+    return value
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from turnwise.rewards import (
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
 from turnwise.setting import Setting, make_setting, make_tools
+from turnwise.sources import is_hub_name
 from turnwise.tasks import load_tasks
 from turnwise.types import Rollout, Task
 
@@ -328,8 +329,8 @@ def _check_names(**given: str | None) -> None:
 def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy, TrainConfig]:
     """A run's policy and configuration.
 
-    Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, and of "embedded", the
-    default one; of "embedded-search", that of an agent that searches several times. Raises InputError or RunError where
+    Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, a model of the hub, and
+    "embedded", the default one; of "embedded-search", that of an agent that searches several times. Raises InputError or RunError where
     there is no such run or it has no such checkpoint.
     """
     _check_names(checkpoint=checkpoint)
@@ -337,6 +338,8 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     if str(run) in EMBEDDED:
         search = TrainConfig(protocol="search", tasks="atlas-two-hop", max_turns=SEARCH_TURNS)
         return load_policy(run), search if str(run) == "embedded-search" else TrainConfig()
+    if is_hub_name(run):
+        return load_policy(run), TrainConfig()
     if not folder.is_dir():
         raise InputError(
             f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "

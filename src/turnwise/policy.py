@@ -2,23 +2,30 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import Cache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from turnwise.batch import MicroBatch
+from turnwise.batch import MicroBatch, Row, pack
 from turnwise.chat import BPETokenizer, Chat, load_chat
 from turnwise.engines.attention import attention_masks, sliding_layers
-from turnwise.errors import InputError, RunError
+from turnwise.engines.families import check_model, longest_context, output_logits
+from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.lora import load_adapter
+from turnwise.sources import adapter_base, handed_on, is_adapter, policy_folder
 
 EMBEDDED = {"embedded": "policy", "embedded-search": "policy-search"}
 """The checkpoints that ship with the package, by name: for the protocols `tools` and `search`; and their folders."""
+MOST_OFF = {True: 1e-2, False: 0.2}
+"""How far apart two ways to compute the same logits may be, of their size: with four bytes a number, and with two."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,18 @@ class Policy:
 
     model: PreTrainedModel
     chat: Chat
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The tokenizer's files, the chat template and the generation configuration that it came with, by name."""
 
     @property
     def context(self) -> int:
         """The longest sequence that the model takes, tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return longest_context(self.model.config)
+
+    @property
+    def learned(self) -> list[torch.nn.Parameter]:
+        """What training changes: the adapter alone, where there is one."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
 
 def tiny_policy(chat: Chat, *, seed: int, hidden: int = 128, layers: int = 3) -> Policy:
@@ -72,13 +86,23 @@ def embedded_checkpoint(name: str = "embedded") -> Path:
 
 
 def load_policy(source: str | Path) -> Policy:
-    """The policy in a checkpoint folder, or one that ships with the package (see `EMBEDDED`).
+    """The policy in a checkpoint folder, of the Hugging Face hub (owner/name), or of the package (see `EMBEDDED`).
 
-    Raises RunError where the folder is not a checkpoint or is damaged.
+    A folder may hold an adapter alone, which names its base model. Raises InputError where there is no such policy,
+    ConfigError for a model that cannot be trained here, and RunError where files are damaged or do not fit each other.
     """
-    folder = embedded_checkpoint(str(source)) if str(source) in EMBEDDED else Path(source)
+    folder, _ = named_folder(source)
     with _without_bars():
-        return _loaded(source, folder)
+        if is_adapter(folder):
+            return _adapted(folder)
+        return _loaded(folder)
+
+
+def named_folder(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a policy's files, and its revision where it is a model of the hub, which is downloaded if need be."""
+    if str(source) in EMBEDDED:
+        return embedded_checkpoint(str(source)), None
+    return policy_folder(source, names=" or ".join(EMBEDDED), revision=revision)
 
 
 @contextlib.contextmanager
@@ -93,31 +117,40 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _loaded(source: str | Path, folder: Path) -> Policy:
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"policy must be {' or '.join(EMBEDDED)}, or a checkpoint folder with config.json; got {str(source)!r}"
-        )
+def _adapted(folder: Path) -> Policy:
+    """An adapter in its base model, with the tokenizer that was saved beside the adapter."""
+    base, revision = adapter_base(folder)
+    try:
+        policy = _loaded(named_folder(base, revision)[0])
+    except InputError as error:
+        raise RunError(f"adapter {folder} must find its base model, {base}; {error}") from error
+    load_adapter(policy.model, folder, base=base)
+    files = handed_on(folder)
+    return Policy(policy.model, load_chat(folder) if files else policy.chat, files or policy.files)
+
+
+def _loaded(folder: Path) -> Policy:
+    _check_config(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             output_loading_info=True,
         )
         model, loading = loaded
     except Exception as error:  # safetensors, json and transformers each raise their own
-        raise RunError(
-            f"checkpoint {folder} must hold a whole model; it cannot be read "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another checkpoint of the run"
-        ) from error
+        raise _unreadable(folder, error) from error
     if loading["missing_keys"]:
         raise RunError(
             f"checkpoint {folder} must hold a whole model; it lacks {sorted(loading['missing_keys'])[0]} and "
-            f"{len(loading['missing_keys']) - 1} other tensors; use another checkpoint of the run"
+            f"{len(loading['missing_keys']) - 1} other tensors; use another checkpoint"
         )
-    policy = Policy(model, load_chat(folder))
+    check_model(model)
+    _check_computed(model)
+    policy = Policy(model, load_chat(folder), handed_on(folder))
     rows = model.get_input_embeddings().weight.shape[0]
     if policy.chat.tokenizer.vocab_size > rows:
         raise RunError(
@@ -127,10 +160,87 @@ def _loaded(source: str | Path, folder: Path) -> Policy:
     return policy
 
 
+def _unreadable(folder: Path, error: Exception) -> RunError:
+    return RunError(
+        f"checkpoint {folder} must hold a whole model in safetensors; it cannot be read "
+        f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another checkpoint"
+    )
+
+
+def _check_config(folder: Path) -> None:
+    """Raises, before any weight is read, RunError for a damaged configuration and ConfigError for another kind of model."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = record.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unreadable(folder, error) from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = "code of its own, which is not run" if "auto_map" in record else "no causal language model of transformers"
+        raise ConfigError(
+            f"a policy must be a causal language model that transformers knows; {folder} is {kind!r}: {own}; take another "
+            "model, or a later transformers"
+        )
+    if record.get("is_encoder_decoder") or "text_config" in record:
+        reason = "has an encoder" if record.get("is_encoder_decoder") else "takes more than text"
+        raise ConfigError(f"a policy must be a decoder of text alone; {folder} ({kind}) {reason}; take another model")
+    if record.get("quantization_config"):
+        raise ConfigError(
+            f"a policy's weights must be plain numbers; those of {folder} are quantised "
+            f"({record['quantization_config'].get('quant_method', 'unknown method')}); take the original checkpoint"
+        )
+
+
+def _check_computed(model: PreTrainedModel) -> None:
+    """ConfigError where the model's own forward pass and ours, with cache, masks and shared beginnings, disagree.
+
+    Two rows part after eight tokens, so that all the ways of the update are gone; a few milliseconds per billion
+    multiplications, for any family that `transformers` has or will have.
+    """
+    vocab = model.get_input_embeddings().weight.shape[0]
+    tokens = [(7 * i * vocab // 89 + i) % vocab for i in range(16)]
+    rows = [_plain_row(tokens[:4], [*tokens[4:8], *end]) for end in (tokens[8:12], tokens[12:16])]
+    batch = pack(rows, pad_id=0).to(model.device) if hasattr(MicroBatch, "to") else pack(rows, pad_id=0)
+    try:
+        with torch.no_grad():
+            found = output_logits(model, token_states(model, batch)[batch.place]).float()
+            ids = torch.tensor([[*row.prompt_ids, *row.ids] for row in rows], device=model.device)
+            expected = model(input_ids=ids).logits[:, 3:-1].float()
+    except Exception as error:  # whatever a model does that knows no cache or mask of ours
+        raise ConfigError(
+            f"a policy's decoder must take a cache and masks as Llama's does; that of {model.config.model_type} does not "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); take another model"
+        ) from error
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    off = float((found - expected).norm() / spread)
+    if not off < MOST_OFF[model.dtype.itemsize > 2]:
+        raise ConfigError(
+            f"a policy must compute the same with a cache and masks of ours as by itself; the logits of "
+            f"{model.config.model_type} are {off:.2g} of their size apart (weights that are no numbers, or a family that "
+            "needs care that it does not get here); take another model"
+        )
+
+
+def _plain_row(prompt: list[int], ids: list[int]) -> Row:
+    """A row of two turns, of which nothing but the tokens matters."""
+    zeros, action = np.zeros(len(ids), np.float32), np.arange(len(ids)) % 4 > 0
+    action[0] = True
+    return Row(
+        prompt_ids=tuple(prompt), ids=tuple(ids), action=action, loss=action, sampling_logprobs=zeros, advantages=zeros
+    )
+
+
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Writes weights (safetensors), configuration and tokenizer; `transformers` loads the folder as it is."""
+    """Writes weights (safetensors), configuration and tokenizer; `transformers` loads the folder as it is.
+
+    Of a policy with an adapter the adapter alone is written, which names its base model. The files that the policy came
+    with are kept as they were.
+    """
     with _without_bars():
         policy.model.save_pretrained(folder)
+    for name, content in policy.files.items():
+        (folder / name).write_bytes(content)
+    if policy.files:
+        return
     tokenizer = policy.chat.tokenizer
     assert isinstance(tokenizer, BPETokenizer), "only a real tokenizer can be saved"
     tokenizer.backend.save(str(folder / "tokenizer.json"))
@@ -225,10 +335,8 @@ def token_logprobs(
     """
     places, inverse = torch.unique(batch.place[where], return_inverse=True)
     tokens = torch.cat([level.ids.flatten() for level in batch.levels])[places]
-    head = model.get_output_embeddings()
-    assert head is not None, "a causal language model has an output layer"
     states = token_states(model, batch) if states is None else states
-    logits = head(states[places]).float() / temperature
+    logits = output_logits(model, states[places]).float() / temperature
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, tokens[:, None])[:, 0][inverse], entropy[inverse]

@@ -35,7 +35,8 @@ from turnwise.evaluation import (
 )
 from turnwise.judge import is_judged, judge_metrics
 from turnwise.learning import update
-from turnwise.policy import load_policy
+from turnwise.lora import add_lora, is_adapted
+from turnwise.policy import Policy, load_policy, named_folder
 from turnwise.rollout import sampled_tokens
 from turnwise.rundir import (
     append_lines,
@@ -132,18 +133,40 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     return dataclasses.replace(saved, **{name: asked[name] for name in RESUMABLE if name in asked})
 
 
+def start_policy(config: TrainConfig) -> Policy:
+    """The policy that a run begins with, with a fresh adapter where LoRA is asked for."""
+    policy = load_policy(config.start)
+    if is_adapted(policy.model):
+        raise ConfigError(
+            f"policy must be a plain checkpoint to start from; {config.start} is an adapter; make one of it: turnwise "
+            f"export {config.start} --out FOLDER"
+        )
+    if config.lora_rank:
+        folder, revision = named_folder(config.start)
+        add_lora(
+            policy.model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha or 2 * config.lora_rank,
+            targets=config.lora_targets,
+            seed=config.seed,
+            base=config.start if revision else str(folder.resolve()),
+            revision=revision,
+        )
+    return policy
+
+
 class _Run:
     """The state of a run in progress."""
 
     def __init__(self, config: TrainConfig, setting: Setting) -> None:
         self.config = config
         self.setting = setting
-        self.policy = load_policy(config.start)
+        self.policy = start_policy(config)
         self.limits = rollout_limits(config, self.policy)
         check_prompts(setting, self.policy, self.limits)
         self.optimizer = self._optimizer()
         self.critic = self._critic()
-        self.reference = load_policy(config.start) if config.kl_coef > 0 else None
+        self.reference = self._reference()
         self.step = 0
         self.saved_step = 0
         self.best = -1.0
@@ -158,11 +181,17 @@ class _Run:
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(
-            self.policy.model.parameters(),
+            self.policy.learned,
             lr=config.learning_rate,
             betas=(0.9, config.adam_beta2),
             weight_decay=0.0,
         )
+
+    def _reference(self) -> Policy | None:
+        """What the policy is held to: its start, which a policy with an adapter is without it."""
+        if self.config.kl_coef == 0:
+            return None
+        return self.policy if self.config.lora_rank else load_policy(self.config.start)
 
     def _critic(self) -> Critic | None:
         config = self.config
@@ -183,6 +212,8 @@ class _Run:
             return
         folder, state = latest_checkpoint(self.config.out)
         self.policy = load_policy(folder)
+        if self.config.lora_rank:
+            self.reference = self._reference()
         self.optimizer = self._optimizer()
         load_optimizer(self.optimizer, folder)
         self.critic = self._critic()
