@@ -54,7 +54,7 @@ def read_llama2c(path: Path) -> LlamaForCausalLM:
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", data) if len(data) >= 28 else [0] * 7
     tied, vocab = vocab > 0, abs(vocab)
     sizes = (dim, hidden, layers, heads, kv_heads, vocab, context)
-    if min(sizes) < 1 or dim % heads or heads % kv_heads:
+    if not 1 <= min(sizes) <= max(sizes) <= len(data) / 4 or dim % heads or heads % kv_heads:
         raise InputError(f"{path} must begin with the seven sizes of a Llama in llama2.c's legacy layout; got {sizes}")
     head = dim // heads
     shapes = {

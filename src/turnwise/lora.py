@@ -85,7 +85,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     model.requires_grad_(False)
     model.name_or_path = base
     try:
-        found = model.load_adapter(str(folder), is_trainable=True, local_files_only=True)
+        found = model.load_adapter(str(folder), is_trainable=True)
     except Exception as error:  # safetensors, json, peft and transformers each raise their own
         raise RunError(
             f"adapter {folder} must be whole and fit its base model {base}; it cannot be read "
