@@ -83,7 +83,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     import peft  # noqa: F401  # without it, the error should name it
 
     model.requires_grad_(False)
-    model.name_or_path = base
+    conversions = getattr(model, "_weight_conversions", None)
     try:
         found = model.load_adapter(str(folder), is_trainable=True)
     except Exception as error:  # safetensors, json, peft and transformers each raise their own
@@ -96,6 +96,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
             f"adapter {folder} must be whole; it lacks {sorted(found.missing_keys)[0]} and {len(found.missing_keys) - 1} "
             "other tensors; use another checkpoint of the run"
         )
+    model._weight_conversions = conversions  # the names of weights on disk are the model's again, not the adapter's
     model.name_or_path = base
     model.peft_config["default"].base_model_name_or_path = base
 
