@@ -33,7 +33,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {"sliding_window": None}),
     "mistral, all sliding": ("MistralForCausalLM", WINDOW),
     "gemma": ("GemmaForCausalLM", {"head_dim": 8}),
-    "gemma 2": ("Gemma2ForCausalLM", {"head_dim": 8, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0, **SLIDING}),
+    "gemma 2": (
+        "Gemma2ForCausalLM",
+        {"head_dim": 8, "query_pre_attn_scalar": 16, "final_logit_softcapping": 5.0, **SLIDING},
+    ),
     "gemma 3": ("Gemma3ForCausalLM", {"head_dim": 8, "query_pre_attn_scalar": 16, **SLIDING}),
     "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "phi": ("PhiForCausalLM", {"partial_rotary_factor": 0.5}),
@@ -42,7 +45,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3ForCausalLM",
         {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 128},
     ),
-    "granite": ("GraniteForCausalLM", {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.5}),
+    "granite": (
+        "GraniteForCausalLM",
+        {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.5},
+    ),
     "cohere 2": ("Cohere2ForCausalLM", {"logit_scale": 0.25, **SLIDING}),
     "olmo 2": ("Olmo2ForCausalLM", {}),
     "olmo 3": ("Olmo3ForCausalLM", SLIDING),

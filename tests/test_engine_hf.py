@@ -6,13 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, VOCAB, tiny
 from transformers import PreTrainedModel
 
+from families import FAMILIES, VOCAB, tiny
 from turnwise.engine import Completion, Sampling
 from turnwise.engines.hf import HFEngine
 from turnwise.engines.sampling import drawn_tokens
 from turnwise.errors import ConfigError, InputError
+
 
 def prompts(count: int, seed: int = 0, low: int = 1, high: int = 30) -> list[list[int]]:
     random = np.random.default_rng(seed)

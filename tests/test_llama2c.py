@@ -38,9 +38,7 @@ def test_the_real_model_tells_a_story_and_the_engine_tells_the_same(stories: Pat
         "big, red ball. She wanted to play with it, but it was too high.\nLily's mom said,"
     )
     engine = make_engine(load_policy(stories))
-    completion = asyncio.run(
-        engine.generate(ids, Sampling(temperature=0, max_tokens=100, seed=0), session=0)
-    )
+    completion = asyncio.run(engine.generate(ids, Sampling(temperature=0, max_tokens=100, seed=0), session=0))
     assert list(completion.token_ids) == drawn[len(ids) :]
 
 

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-import families
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import families
+from families import FAMILIES
 from turnwise.batch import pack, rollout_row
 from turnwise.cli import main
 from turnwise.config import TrainConfig
@@ -206,7 +206,9 @@ def lines(run: Path) -> list[dict]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in found:
         del line["wall_s"]
-        line["metrics"] = {k: v for k, v in line["metrics"].items() if k not in ("tokens_per_s", "rollout_s", "update_s")}
+        line["metrics"] = {
+            k: v for k, v in line["metrics"].items() if k not in ("tokens_per_s", "rollout_s", "update_s")
+        }
     return found
 
 
@@ -331,7 +333,7 @@ def test_an_adapter_whose_base_is_gone_or_that_is_damaged_is_one_line(bpe_chat, 
     record = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
     record["base_model_name_or_path"] = str(tmp_path / "gone")
     (tmp_path / "good" / "adapter_config.json").write_text(json.dumps(record))
-    with pytest.raises(RunError, match="must find its base model, .*gone"):
+    with pytest.raises(RunError, match=r"must find its base model, .*gone"):
         load_policy(tmp_path / "good")
     (tmp_path / "good" / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="must name its base model"):

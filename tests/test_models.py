@@ -1,16 +1,16 @@
-"""Checkpoints of other families: loaded by folder or by a hub's name, saved with their own files, or refused in a line."""
+"""Checkpoints of other families: loaded by folder or hub's name, saved with their own files, or refused in a line."""
 
 import json
 import shutil
 from pathlib import Path
 
-import families
 import pytest
 import torch
-from families import FAMILIES
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
+import families
+from families import FAMILIES
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.evaluation import run_policy
 from turnwise.policy import load_policy, save_policy
@@ -59,7 +59,9 @@ def test_the_models_own_files_are_kept_byte_for_byte(bpe_chat, tmp_path):
     assert {name: (tmp_path / "saved" / name).read_bytes() for name in names} == before
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert tokenizer.model_max_length == 77
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Peru"}], tokenize=False).endswith("Peru<|im_end|>\n")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Peru"}], tokenize=False).endswith(
+        "Peru<|im_end|>\n"
+    )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config.temperature == 0.6
 
 
@@ -100,7 +102,10 @@ def test_a_downloaded_model_of_the_hub_loads_by_its_name(bpe_chat, tmp_path):
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("someone/else", "someone/else.: it is no folder, and as a model it is not downloaded and the hub cannot be reached"),
+        (
+            "someone/else",
+            "someone/else.: it is no folder, and as a model it is not downloaded and the hub cannot be reached",
+        ),
         ("no/such/folder", "a checkpoint folder with config.json, or a model of the Hugging Face hub"),
         ("qwen", "got 'qwen'$"),
     ],
@@ -122,11 +127,17 @@ def test_a_folder_without_a_model_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "is 'own': code of its own, which is not run"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
+            "is 'own': code of its own, which is not run",
+        ),
         ({"model_type": "t5"}, "is 't5': no causal language model of transformers"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"are quantised \(gptq\)"),
         ({"model_type": "gemma3", "text_config": {}}, r"\(gemma3\) takes more than text"),
-        ({"layer_types": ["full_attention", "chunked_attention"]}, "full or sliding attention .* got chunked_attention"),
+        (
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            "full or sliding attention .* got chunked_attention",
+        ),
     ],
 )
 def test_models_that_cannot_be_trained_are_refused_with_the_reason(change: dict, says: str, bpe_chat, tmp_path):

@@ -4,14 +4,14 @@ import dataclasses
 import json
 import shutil
 
-import families
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import families
+from families import FAMILIES
 from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, pack, rollout_row, weighted
 from turnwise.config import TrainConfig
 from turnwise.credit import ESTIMATORS, turn_table

@@ -330,8 +330,8 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     """A run's policy and configuration.
 
     Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, a model of the hub, and
-    "embedded", the default one; of "embedded-search", that of an agent that searches several times. Raises InputError or RunError where
-    there is no such run or it has no such checkpoint.
+    "embedded", the default one; of "embedded-search", that of an agent that searches several times. Raises InputError
+    or RunError where there is no such run or it has no such checkpoint.
     """
     _check_names(checkpoint=checkpoint)
     folder = Path(run)

@@ -51,7 +51,9 @@ def convert_llama2c(weights: Path, tokenizer: Path, out: Path) -> Path:
 def read_llama2c(path: Path) -> LlamaForCausalLM:
     """The model in a file of llama2.c's legacy layout, without the tokens of ChatML."""
     data = _read(path)
-    dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", data) if len(data) >= 28 else [0] * 7
+    dim, hidden, layers, heads, kv_heads, vocab, context = (
+        struct.unpack_from("<7i", data) if len(data) >= 28 else [0] * 7
+    )
     tied, vocab = vocab > 0, abs(vocab)
     sizes = (dim, hidden, layers, heads, kv_heads, vocab, context)
     if not 1 <= min(sizes) <= max(sizes) <= len(data) / 4 or dim % heads or heads % kv_heads:
@@ -76,8 +78,8 @@ def read_llama2c(path: Path) -> LlamaForCausalLM:
     needed = sum(map(np.prod, shapes.values()))
     if len(numbers) != needed:
         raise InputError(
-            f"{path} must hold {needed:,} numbers of four bytes for sizes {sizes}; it has {(len(data) - 28) / 4:,}; it is "
-            "cut off, or of another layout"
+            f"{path} must hold {needed:,} numbers of four bytes for sizes {sizes}; it has {(len(data) - 28) / 4:,}; it "
+            "is cut off, or of another layout"
         )
     ends = itertools.accumulate(int(np.prod(shape)) for shape in shapes.values())
     tensors = {
@@ -120,7 +122,9 @@ def read_tokenizer(path: Path, vocab: int) -> Any:
     pieces = [_piece(token) for token in _tokens(path, vocab)]
     pieces[:FIRST_BYTE_ID] = ["<unk>", "<s>", "</s>"]
     ids = {piece: i for i, piece in enumerate(pieces)}
-    backend = Tokenizer(models.BPE(vocab=ids, merges=_merges(ids), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(
+        models.BPE(vocab=ids, merges=_merges(ids), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -148,7 +152,7 @@ def _piece(token: bytes) -> str:
 
 
 def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, those first that SentencePiece merges first: what is made has a lower id."""
+    """All pairs of tokens that make a token, in SentencePiece's order: what is made has a lower id."""
     pairs = (
         (ids[piece], piece[:cut], piece[cut:])
         for piece in ids

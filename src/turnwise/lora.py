@@ -74,7 +74,7 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
             )
         if head in found and model.config.tie_word_embeddings:
             raise ConfigError(
-                f"lora-targets must have weights of their own; {target} is also the embedding of this policy; leave it out"
+                f"lora-targets must have weights of their own; {target} is this policy's embedding too; leave it out"
             )
 
 
@@ -93,8 +93,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
         ) from error
     if found.missing_keys:
         raise RunError(
-            f"adapter {folder} must be whole; it lacks {sorted(found.missing_keys)[0]} and {len(found.missing_keys) - 1} "
-            "other tensors; use another checkpoint of the run"
+            f"adapter {folder} must be whole; it lacks {sorted(found.missing_keys)[0]} and "
+            f"{len(found.missing_keys) - 1} other tensors; use another checkpoint of the run"
         )
     model._weight_conversions = conversions  # the names of weights on disk are the model's again, not the adapter's
     model.name_or_path = base

@@ -99,7 +99,7 @@ def load_policy(source: str | Path) -> Policy:
 
 
 def named_folder(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a policy's files, and its revision where it is a model of the hub, which is downloaded if need be."""
+    """The folder of a policy's files, downloaded from the hub if need be, and its revision where it is of the hub."""
     if str(source) in EMBEDDED:
         return embedded_checkpoint(str(source)), None
     return policy_folder(source, names=" or ".join(EMBEDDED), revision=revision)
@@ -168,17 +168,19 @@ def _unreadable(folder: Path, error: Exception) -> RunError:
 
 
 def _check_config(folder: Path) -> None:
-    """Raises, before any weight is read, RunError for a damaged configuration and ConfigError for another kind of model."""
+    """Before any weight is read: RunError for a damaged configuration, ConfigError for another kind of model."""
     try:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = record.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(folder, error) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        own = "code of its own, which is not run" if "auto_map" in record else "no causal language model of transformers"
+        own = (
+            "code of its own, which is not run" if "auto_map" in record else "no causal language model of transformers"
+        )
         raise ConfigError(
-            f"a policy must be a causal language model that transformers knows; {folder} is {kind!r}: {own}; take another "
-            "model, or a later transformers"
+            f"a policy must be a causal language model that transformers knows; {folder} is {kind!r}: {own}; take "
+            "another model, or a later transformers"
         )
     if record.get("is_encoder_decoder") or "text_config" in record:
         reason = "has an encoder" if record.get("is_encoder_decoder") else "takes more than text"
@@ -207,16 +209,16 @@ def _check_computed(model: PreTrainedModel) -> None:
             expected = model(input_ids=ids).logits[:, 3:-1].float()
     except Exception as error:  # whatever a model does that knows no cache or mask of ours
         raise ConfigError(
-            f"a policy's decoder must take a cache and masks as Llama's does; that of {model.config.model_type} does not "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); take another model"
+            f"a policy's decoder must take a cache and masks as Llama's does; that of {model.config.model_type} does "
+            f"not ({type(error).__name__}: {' '.join(str(error).split())[:200]}); take another model"
         ) from error
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     off = float((found - expected).norm() / spread)
     if not off < MOST_OFF[model.dtype.itemsize > 2]:
         raise ConfigError(
             f"a policy must compute the same with a cache and masks of ours as by itself; the logits of "
-            f"{model.config.model_type} are {off:.2g} of their size apart (weights that are no numbers, or a family that "
-            "needs care that it does not get here); take another model"
+            f"{model.config.model_type} are {off:.2g} of their size apart (weights that are no numbers, or a family "
+            "that needs care that it does not get here); take another model"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a policy's files are: a folder, or a model of the Hugging Face hub by name; and those to hand on with its weights.
+"""Where a policy's files are: in a folder, or on the Hugging Face hub; and those to hand on with its weights.
 
 No code that stands beside a model is ever run, and weights are read from safetensors alone.
 """
@@ -34,13 +34,15 @@ _UNREAD = ["*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.on
 def policy_folder(source: str | Path, *, names: str, revision: str | None = None) -> tuple[Path, str | None]:
     """The folder with the files of `source`, and its revision where it is a model of the hub.
 
-    `names` are what else the policy could be called, for the error: InputError where there is no such folder and the hub
-    has no such model, or it is not downloaded and the hub cannot be reached.
+    `names` are what else the policy could be called, for the error: InputError where there is no such folder and the
+    hub has no such model, or it is not downloaded and the hub cannot be reached.
     """
     folder = Path(source).expanduser()
     if any((folder / name).is_file() for name in (IS_MODEL, IS_ADAPTER)):
         return folder, None
-    wanted = f"policy must be {names}, a checkpoint folder with {IS_MODEL}, or a model of the Hugging Face hub (owner/name)"
+    wanted = (
+        f"policy must be {names}, a checkpoint folder with {IS_MODEL}, or a model of the Hugging Face hub (owner/name)"
+    )
     if not is_hub_name(source):
         raise InputError(f"{wanted}; got {str(source)!r}")
     snapshot = _snapshot(str(source), wanted, revision)
@@ -62,7 +64,10 @@ def _snapshot(name: str, wanted: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=_UNREAD))
     except GatedRepoError as error:
-        why, cause = "the hub gives it only to those who accepted its licence; accept it there, and `hf auth login`", error
+        why, cause = (
+            "the hub gives it only to those who accepted its licence; accept it there, and `hf auth login`",
+            error,
+        )
     except RepositoryNotFoundError as error:
         why, cause = "it is no folder, and the hub has no such model, or it is private; check the spelling", error
     except LocalEntryNotFoundError as error:
@@ -84,7 +89,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: Path) -> tuple[str, str | None]:
-    """What an adapter's folder says its base model is: a folder or a hub's name, and the revision. InputError if nothing."""
+    """What an adapter names as its base model: a folder or a hub's name, and the revision. InputError if nothing."""
     try:
         record = json.loads((folder / IS_ADAPTER).read_text(encoding="utf-8"))
         return str(record["base_model_name_or_path"]), record.get("revision")
