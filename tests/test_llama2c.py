@@ -34,8 +34,8 @@ def test_the_real_model_tells_a_story_and_the_engine_tells_the_same(stories: Pat
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=100
     )[0].tolist()
     assert tokenizer.decode(drawn, skip_special_tokens=True).startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a "
-        "big, red ball. She wanted to play with it, but it was too high.\nLily's mom said,"
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
+        "a big, red ball. She wanted to play with it, but it was too high.\nLily's mom said,"
     )
     engine = make_engine(load_policy(stories))
     completion = asyncio.run(engine.generate(ids, Sampling(temperature=0, max_tokens=100, seed=0), session=0))
