@@ -134,28 +134,30 @@ def test_the_largest_uniform_stays_in_range_whatever_the_rounding():
 # ---- agreement ----
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kv_heads", "tied"), [(4, True), (1, False)])
+HEADS = [("qwen3", 4, True), ("qwen3", 1, True), ("llama", 2, False)]
+
+
+@pytest.mark.parametrize(("family", "kv_heads", "tied"), [*((family, 2, True) for family in FAMILIES), *HEADS])
 def test_greedy_equals_model_generate_alone_and_in_a_batch(family: str, kv_heads: int, tied: bool):
     model = tiny(family, kv_heads=kv_heads, tied=tied)
-    starts = prompts(7)
+    starts = prompts(4)
     expected = [
         model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt)),
             do_sample=False,
-            max_new_tokens=20,
+            max_new_tokens=16,
             eos_token_id=7,
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
         for prompt in starts
     ]
-    greedy = Sampling(temperature=0, max_tokens=20, seed=0)
+    greedy = Sampling(temperature=0, max_tokens=16, seed=0)
     engine = HFEngine(model, stop_ids={7}, max_context=64)
     together = generate_all(engine, [(prompt, greedy) for prompt in starts])
-    alone = [generate_all(engine, [(prompt, greedy)])[0] for prompt in starts]
+    alone = [generate_all(engine, [(prompt, greedy)])[0] for prompt in starts[:2]]
     assert [list(c.token_ids) for c in together] == expected
-    assert [list(c.token_ids) for c in alone] == expected
+    assert [list(c.token_ids) for c in alone] == expected[:2]
     assert len({tuple(ids) for ids in expected}) > 1
 
 

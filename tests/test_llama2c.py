@@ -1,6 +1,7 @@
 """Weights in llama2.c's layout: a real pretrained Llama speaks, and a file of numbers comes out where it belongs."""
 
 import asyncio
+import json
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from turnwise.errors import InputError
 from turnwise.evaluation import make_engine
 from turnwise.llama2c import convert_llama2c, read_llama2c, read_tokenizer
 from turnwise.policy import load_policy
+from turnwise.training import train
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "weights"
 needs_weights = pytest.mark.skipif(not WEIGHTS.is_dir(), reason="needs ../shared/data/weights")
@@ -123,6 +125,55 @@ def test_files_of_another_layout_are_one_line(tmp_path: Path, capsys):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="new or empty folder"):
         convert_llama2c(good, tmp_path / "t.bin", tmp_path)
+
+
+REWARDS = '''
+def outcome_e(task, rollout):
+    """Share of the letter e in what was said."""
+    text = rollout.turns[-1].text
+    return text.count("e") / max(1, len(text))
+'''
+TOOLS = '''
+def look(word: str) -> str:
+    """The word."""
+    return word
+'''
+
+
+@needs_weights
+@pytest.mark.slow
+def test_the_real_model_learns_through_lora_what_it_is_rewarded_for(stories: Path, tmp_path: Path):
+    pytest.importorskip("peft", reason="needs the extra `lora`")
+    for name, text in (("rewards.py", REWARDS), ("tools.py", TOOLS)):
+        (tmp_path / name).write_text(text)
+    names = ("Lily", "Tom", "Ben")
+    lines = [json.dumps({"id": name, "question": f"Who is {name}?", "answers": [name]}) for name in names]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(lines) + "\n")
+    train(
+        policy=str(stories),
+        lora_rank=8,
+        kl_coef=0.05,
+        estimator="grpo-mr",
+        tasks=str(tmp_path / "tasks.jsonl"),
+        validation_tasks=str(tmp_path / "tasks.jsonl"),
+        tools=tmp_path / "tools.py",
+        rewards=tmp_path / "rewards.py",
+        reward_weights={"outcome_e": 1.0},
+        steps=40,
+        tasks_per_step=2,
+        minibatches=2,
+        group_size=8,
+        max_turns=1,
+        max_turn_tokens=24,
+        learning_rate=1e-2,
+        validate_every=40,
+        validation_size=3,
+        out=tmp_path / "run",
+    )
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    returns = [record["metrics"]["return"] for record in records if record["split"] == "train"]
+    assert returns[0] < 0.12  # English has about a tenth
+    assert min(returns[-5:]) > 0.4
 
 
 @needs_weights

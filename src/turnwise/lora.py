@@ -98,7 +98,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
         )
     model._weight_conversions = conversions  # the names of weights on disk are the model's again, not the adapter's
     model.name_or_path = base
-    model.peft_config["default"].base_model_name_or_path = base
+    settings = model.peft_config["default"]
+    if getattr(settings, "modules_to_save", None):
+        raise ConfigError(
+            f"adapter {folder} must hold products beside layers alone; it holds whole layers too "
+            f"({', '.join(settings.modules_to_save)}); merge it with peft first"
+        )
+    settings.base_model_name_or_path = base
 
 
 @contextlib.contextmanager

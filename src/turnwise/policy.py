@@ -125,8 +125,9 @@ def _adapted(folder: Path) -> Policy:
     except InputError as error:
         raise RunError(f"adapter {folder} must find its base model, {base}; {error}") from error
     load_adapter(policy.model, folder, base=base)
-    files = handed_on(folder)
-    return Policy(policy.model, load_chat(folder) if files else policy.chat, files or policy.files)
+    own = handed_on(folder)
+    chat = load_chat(folder) if "tokenizer.json" in own else policy.chat
+    return Policy(policy.model, chat, {**policy.files, **own})
 
 
 def _loaded(folder: Path) -> Policy:
