@@ -82,10 +82,12 @@ def _optimise(
     live = distinct_rows(row for row in rows if reference or critic or np.any(row.advantages[row.loss]))
     targets = _num_targets(rows) if critic else None
     sums: dict[str, float] = {}
-    learned = [*(policy.model.parameters() if policy_learns else ()), *(critic.parameters if critic else ())]
+    own = [p for p in policy.model.parameters() if p.requires_grad]
+    learned = [*(own if policy_learns else ()), *(critic.parameters if critic else ())]
 
     def computed(batch: MicroBatch) -> tuple[dict[str, float], Sequence[torch.Tensor | None]]:
         """A micro-batch's share of the sums, and its gradients where they are not added as they are found."""
+        batch = batch.to(policy.model.device)
         states = token_states(policy.model, batch) if policy_learns else None
         found, losses = {}, []
         if states is not None:
@@ -143,7 +145,7 @@ def _stepped(optimizer: torch.optim.Optimizer, max_norm: float, option: str) -> 
 
 def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:
     """Which ratio each token takes part in, (B, T): one number per turn, or per rollout."""
-    rows = torch.arange(batch.num_rows)[:, None].expand_as(batch.action)
+    rows = torch.arange(batch.num_rows, device=batch.action.device)[:, None].expand_as(batch.action)
     if ratio == "sequence":
         return rows
     starts = batch.action & ~torch.nn.functional.pad(batch.action, (1, 0))[:, :-1]
@@ -203,7 +205,7 @@ def _value_loss(
     assert batch.values is not None, "with a critic, rows have values"
     assert batch.returns is not None, "with a critic, rows have value targets"
     there = ~batch.returns.isnan()
-    weights = (batch.counts[:, None, None] / (targets * len(targets))).expand_as(there)[there]
+    weights = (batch.counts[:, None, None] / (targets * len(targets)).to(there.device)).expand_as(there)[there]
     values = token_values(critic, batch, states)[there]
     parts = value_loss(values, batch.values[there], batch.returns[there], weights, clip=config.value_clip)
     found |= {"value_loss": float(parts.loss.detach()), "value_clip_fraction": float(parts.clipped)}

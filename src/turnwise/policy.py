@@ -14,8 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from turnwise.batch import MicroBatch
 from turnwise.chat import BPETokenizer, Chat, load_chat
+from turnwise.devices import computing, recomputing
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.errors import InputError, RunError
+from turnwise.logits import logprobs_of
 
 EMBEDDED = {"embedded": "policy", "embedded-search": "policy-search"}
 """The checkpoints that ship with the package, by name: for the protocols `tools` and `search`; and their folders."""
@@ -142,9 +144,9 @@ def save_policy(policy: Policy, folder: Path) -> None:
 class _AncestorCache(Cache):
     """Keys and values of what each stretch continues, put before its own. Gradients flow through."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         super().__init__(layers=[])
-        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.before = before or {}
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(  # type: ignore[override]
@@ -153,18 +155,19 @@ class _AncestorCache(Cache):
         if layer_idx in self.before:
             keys, values = self.before[layer_idx]
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
-        self.seen[layer_idx] = (key_states, value_states)
+        self.seen.setdefault(layer_idx, (key_states, value_states))  # a layer that is computed again adds nothing
         return key_states, value_states
 
-    def descend(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> None:
-        """To the next level, whose row i continues row `parent[i]`. Sliding layers keep the keys `near` (N, S)."""
+    def descended(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> "_AncestorCache":
+        """That of the next level, whose row i continues row `parent[i]`. Sliding layers keep the keys `near` (N, S)."""
+        before = {}
         for layer, seen in self.seen.items():
             keys, values = (states.index_select(0, parent) for states in seen)
             if layer in sliding:
                 at = near[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
                 keys, values = keys.gather(2, at), values.gather(2, at)
-            self.before[layer] = (keys, values)
-        self.seen = {}
+            before[layer] = (keys, values)
+        return _AncestorCache(before)
 
 
 def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
@@ -177,29 +180,32 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     cache, sliding = _AncestorCache(), sliding_layers(model)
     window = model.config.sliding_window if sliding else 0
     found: list[torch.Tensor] = []
-    before = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
-    start = torch.zeros(1, dtype=torch.int64)
-    full = near = torch.empty(1, 0, dtype=torch.int64)  # positions of the keys in view; -1 is padding
+    device = batch.ids.device
+    before: torch.Tensor | None = None
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    full = near = torch.empty(1, 0, dtype=torch.int64, device=device)  # positions of the keys in view; -1 is padding
     for depth, level in enumerate(batch.levels):
         if depth:
             kept = near.topk(min(window - 1, near.shape[1])) if sliding else near.topk(0)
-            cache.descend(level.parent, kept.indices[level.parent], sliding)
+            cache = cache.descended(level.parent, kept.indices[level.parent], sliding)
             full, near = full[level.parent], kept.values[level.parent]
         start = start[level.parent]
-        steps = torch.arange(level.ids.shape[1])
+        steps = torch.arange(level.ids.shape[1], device=device)
         positions = start[:, None] + steps
         own = positions.masked_fill(steps >= level.lengths[:, None], -1)
         full, near = torch.cat([full.expand(len(own), -1), own], 1), torch.cat([near.expand(len(own), -1), own], 1)
         masks = attention_masks(model, _distance(positions, full), _distance(positions, near))
-        states = decoder(
-            input_ids=level.ids,
-            attention_mask=masks,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with computing(model), recomputing(model):
+            states = decoder(
+                input_ids=level.ids,
+                attention_mask=masks,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        before = states.new_zeros(1, 1, states.shape[-1]) if before is None else before
         found.append(torch.cat([before[level.parent], states[:, :-1]], 1).flatten(0, 1))
-        before = states[torch.arange(len(states)), level.lengths - 1][:, None]
+        before = states[torch.arange(len(states), device=device), level.lengths - 1][:, None]
         start = start + level.lengths
     return torch.cat(found)
 
@@ -228,7 +234,8 @@ def token_logprobs(
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output layer"
     states = token_states(model, batch) if states is None else states
-    logits = head(states[places]).float() / temperature
-    logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, tokens[:, None])[:, 0][inverse], entropy[inverse]
+    with computing(model):
+        logprobs, entropy = logprobs_of(
+            head, states[places], tokens, temperature=temperature, vocabulary=head.weight.shape[0]
+        )
+    return logprobs[inverse], entropy[inverse]

@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from turnwise.devices import compute_dtype
+
 
 def sliding_layers(model: PreTrainedModel) -> frozenset[int]:
     """The layers that see the last `sliding_window` tokens alone."""
@@ -18,7 +20,7 @@ def attention_masks(
     `distance` (B, T, S) says how many tokens before a query each key stands; a negative one cannot be seen. Layers with
     sliding attention see distances below `sliding_window`; `near` holds theirs where they are given other keys.
     """
-    dtype = next(model.parameters()).dtype
+    dtype = compute_dtype(model)
     full = _additive(distance >= 0, dtype)
     if not sliding_layers(model):
         return full
