@@ -29,21 +29,26 @@ def num_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def chosen_device(name: Device, model: torch.nn.Module) -> torch.device:
-    """The device of that name; for `auto` a GPU where there is one, unless the model is small.
+def is_offered(name: Device) -> bool:
+    """Whether torch offers the device on this machine."""
+    return {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(name, lambda: True)()
 
-    Raises ConfigError for one that torch does not offer here.
-    """
-    offered = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        small = num_parameters(model) < SMALL
-        name = "cpu" if small else next(kind for kind in ("cuda", "mps", "cpu") if offered[kind])
-    if not offered[name]:
+
+def check_device(name: Device) -> None:
+    """Raises ConfigError for a device that torch does not offer on this machine."""
+    if not is_offered(name):
+        offered = " or ".join(kind for kind in ("cuda", "mps", "cpu") if is_offered(kind))
         raise ConfigError(
-            f"device must be one that torch offers on this machine; got {name}; take "
-            f"{' or '.join(kind for kind in offered if offered[kind])}, or leave it out"
+            f"device must be one that torch offers on this machine; got {name}; take {offered}, or leave it out"
         )
-    return torch.device(name)
+
+
+def chosen_device(name: Device, model: torch.nn.Module) -> torch.device:
+    """The device of that name; for `auto` a GPU where there is one, unless the model is small."""
+    if name != "auto":
+        return torch.device(name)
+    small = num_parameters(model) < SMALL
+    return torch.device("cpu" if small else next(kind for kind in ("cuda", "mps", "cpu") if is_offered(kind)))
 
 
 def placed(
@@ -53,10 +58,22 @@ def placed(
 
     With `recompute`, each layer's activations are computed again in the backward pass instead of being kept.
     """
-    model.to(device=chosen_device(device, model), dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)  # pyright: ignore
+    for parameter in model.parameters():  # and no buffers: a rotary frequency in bfloat16 is another frequency
+        parameter.data = parameter.data.to(weight_dtype(dtype))
+    model.to(chosen_device(device, model))  # pyright: ignore[reportArgumentType]
+    set_computation(model, dtype=dtype, recompute=recompute)
+    return model
+
+
+def weight_dtype(dtype: Dtype) -> torch.dtype:
+    """What weights are kept in."""
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+
+def set_computation(model: PreTrainedModel, *, dtype: Dtype, recompute: bool) -> None:
+    """How a model whose weights are in place computes."""
     model._turnwise_mixed = dtype == "mixed"
     model._turnwise_recompute = recompute
-    return model
 
 
 def computing(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
