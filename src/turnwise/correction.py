@@ -2,8 +2,7 @@
 
 A rollout carries the log-probabilities under which it was sampled. One forward pass at the beginning of the step gives
 the trainer's own. Their ratio weighs each token's term of the loss, so that its expectation under the sampler is the
-trainer's, and the ratio of the clipped loss is then against the trainer's. Ratios without bound would make the gradient's
-variance so, hence a cap.
+trainer's, and the ratio of the clipped loss is then against the trainer's. A cap bounds the gradient's variance.
 """
 
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ Correction = Literal["truncate", "mask"]
 def sampler_weights(trainer: np.ndarray, sampler: np.ndarray, *, cap: float, kind: Correction) -> np.ndarray:
     """What each token weighs, from its log-probabilities under both.
 
-        truncate:  min(ρ, C)                         mask:  ρ where 1/C ≤ ρ ≤ C, else 0,        ρ = exp(trainer − sampler)
+        truncate:  min(ρ, C)        mask:  ρ where 1/C ≤ ρ ≤ C, else 0,        ρ = exp(trainer − sampler)
 
     Truncated importance sampling is Ionides 2008 (J. Comput. Graph. Stat. 17:2), per token as by Yao et al. 2025 ("Your
-    efficient RL framework secretly brings you off-policy RL training"). The mask is IcePop's, arXiv 2510.18855, with one
-    cap for both ends.
+    efficient RL framework secretly brings you off-policy RL training"). The mask is IcePop's, arXiv 2510.18855, with
+    one cap for both ends.
     """
     ratio = np.exp(trainer.astype(float) - sampler)
     if kind == "truncate":

@@ -1,7 +1,8 @@
 """Log-probabilities of tokens out of hidden states, in pieces: all logits at once are the largest tensor of an update.
 
-With a vocabulary of 150,000, the logits of 16,000 tokens are 9 GiB, and their softmax, its gradient and the like as much
-each. Pieces are computed one after the other, and again in the backward pass, so that one piece's are there at a time.
+With a vocabulary of 150,000, the logits of 16,000 tokens are 9 GiB, and their softmax, its gradient and the like as
+much each. Pieces are computed one after the other, and again in the backward pass, so that one piece's are there at a
+time.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 
 Weights, gradients and the optimiser's moments are counted. What an update's forward and backward pass hold is found by
 making them on shapes alone: torch's fake tensors have sizes and no content, so that the very functions that will train
-are run on the largest micro-batch that the options allow, and every tensor is counted while it lives. So it is right for
-any architecture, for mixed precision, for recomputation, and for a model of which only a part learns (`requires_grad`).
+are run on the largest micro-batch that the options allow, and every tensor is counted while it lives. So it is right
+for any architecture, for mixed precision, for recomputation, and for a model of which a part learns (`requires_grad`).
 """
 
 import copy
@@ -122,7 +122,7 @@ def check_memory(model: PreTrainedModel, config: TrainConfig, lengths: Lengths) 
     ranked = sorted((option for option in saved if saved[option] > 0), key=lambda o: -saved[o])
     advice = ", ".join(f"{option} (saves {_gib(saved[option])})" for option in ranked)
     raise ConfigError(
-        f"the run must fit the {_gib(room)} of its device ({device}); it takes {found.text().removeprefix('memory: ')}; "
+        f"the run must fit its device ({device}) with {_gib(room)}; it takes {found.text().removeprefix('memory: ')}; "
         f"change, by effect: {advice or 'nothing helps but a smaller policy'}"
     )
 

@@ -18,10 +18,10 @@ import torch
 from turnwise.batch import Row
 from turnwise.config import CRITIC_METHODS, TrainConfig
 from turnwise.cores import parts_at_once
+from turnwise.correction import corrected
 from turnwise.credit import (
     TOKEN_ESTIMATORS,
 )
-from turnwise.correction import corrected
 from turnwise.crediting import Credited, credit_rollouts, has_signal
 from turnwise.critic import Critic, make_critic
 from turnwise.devices import check_device
@@ -296,7 +296,11 @@ class _Run:
             **_credit_metrics(credited),
             **mismatch,
             **learning,
-            **({"dropped_groups": float(drawn.dropped), "extra_rounds": float(drawn.rounds)} if config.dynamic_sampling else {}),
+            **(
+                {"dropped_groups": float(drawn.dropped), "extra_rounds": float(drawn.rounds)}
+                if config.dynamic_sampling
+                else {}
+            ),
             "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in finished])),
             "failed_rollouts": sum(r.stop == "error" for r in rollouts) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in finished])),
