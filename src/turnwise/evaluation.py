@@ -438,7 +438,7 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
 
 
 def place(policy: Policy, config: TrainConfig) -> Policy:
-    """The policy on the configuration's device and in its dtype; where the device is not there, on the machine's own."""
+    """The policy on the configuration's device and in its dtype; where there is no such device, on another."""
     device = config.device if is_offered(config.device) else "auto"
     placed(policy.model, device=device, dtype=config.dtype, recompute=config.gradient_checkpointing)
     return policy

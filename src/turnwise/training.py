@@ -134,7 +134,8 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     """The configuration of the run in `config.out`, with what may change of the options that were asked for.
 
     Asked for are those in `given` and those that are not at their defaults. A run may go on with more steps, a larger
-    token budget, in another place, and on other cores or devices; its other options hold. Raises ConfigError for one that differs.
+    token budget, in another place, and on other cores or another device; its other options hold. Raises ConfigError for
+    one that differs.
     """
     saved = read_config(config.out)
     defaults = TrainConfig()
@@ -296,11 +297,7 @@ class _Run:
             **_credit_metrics(credited),
             **mismatch,
             **learning,
-            **(
-                {"dropped_groups": float(drawn.dropped), "extra_rounds": float(drawn.rounds)}
-                if config.dynamic_sampling
-                else {}
-            ),
+            **(drawn.metrics() if config.dynamic_sampling else {}),
             "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in finished])),
             "failed_rollouts": sum(r.stop == "error" for r in rollouts) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in finished])),
@@ -334,7 +331,7 @@ class _Run:
             [dataclasses.replace(r, group=place) for _, r in played[i] if _is_usable(r)]
             for place, i in enumerate(chosen)
         ]
-        return _Drawn(played=played, kept=kept, dropped=len(played) - len(chosen), rounds=rounds)
+        return _Drawn(played=played, kept=kept, rounds=rounds)
 
     def _round(self, first: int, count: int, number: int) -> list[list[tuple[Task, Rollout]]]:
         """Scored rollouts of the next `count` tasks after the step's `first`; the draws of a round are its own."""
@@ -412,8 +409,11 @@ class _Drawn:
     """Every group, in the order of the tasks."""
     kept: list[list[Rollout]]
     """The groups that the step learns from, numbered anew, without the rollouts that failed."""
-    dropped: int
     rounds: int
+
+    def metrics(self) -> dict[str, float]:
+        """How much was drawn beside what the step learns from."""
+        return {"dropped_groups": float(len(self.played) - len(self.kept)), "extra_rounds": float(self.rounds)}
 
 
 def _is_usable(rollout: Rollout) -> bool:
