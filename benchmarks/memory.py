@@ -31,7 +31,7 @@ from turnwise.engine import Sampling
 from turnwise.engines.hf import HFEngine
 from turnwise.learning import update
 from turnwise.logits import logprobs_of
-from turnwise.memory import Lengths, _rows, memory_estimate
+from turnwise.memory import Lengths, longest_rows, memory_estimate
 from turnwise.policy import Policy
 
 MIB = 2**20
@@ -121,7 +121,7 @@ def step(name: str) -> None:
     optimizer = torch.optim.AdamW(learned, lr=1e-5)
     critic = make_critic(policy, config.critic) if config.estimator in CRITIC_METHODS else None
     engine = HFEngine(policy.model, stop_ids=(), max_context=LENGTHS.context)
-    rows = _rows(config, LENGTHS)
+    rows = longest_rows(config, LENGTHS)
     asyncio.run(played(engine, rows))
     for _ in range(2):
         made = [(i // config.group_size, learnable(row, critic is not None)) for i, row in enumerate(rows)]

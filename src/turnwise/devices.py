@@ -90,7 +90,7 @@ def is_mixed(model: torch.nn.Module) -> bool:
 
 
 def compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """What the model's hidden states are."""
+    """What the model's attention computes in."""
     return torch.bfloat16 if is_mixed(model) else next(model.parameters()).dtype
 
 

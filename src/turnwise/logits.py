@@ -6,6 +6,7 @@ time.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +40,32 @@ def logprobs_of(
 def _whole(
     head: Head, states: torch.Tensor, tokens: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logprobs = (head(states).float() / temperature).log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+    logits = head(states).float()
+    return _LogSoftmax.apply(logits if temperature == 1 else logits / temperature, tokens)  # pyright: ignore
+
+
+class _LogSoftmax(torch.autograd.Function):
+    """Log-probabilities and entropies, for whose backward pass one tensor of the logits' size is kept, not three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = logits.log_softmax(-1)
+        entropy = -logprobs.exp().mul_(logprobs).sum(-1)
+        ctx.save_for_backward(logprobs, tokens, entropy)
+        ctx.set_materialize_grads(False)
+        return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        """∂ log p_x / ∂z = 1_x − p,  ∂H / ∂z = − p (log p + H)."""
+        logprobs, tokens, entropy = ctx.saved_tensors
+        of_logprob, of_entropy = slopes
+        found = torch.zeros_like(entropy) if of_logprob is None else -of_logprob
+        gradient = logprobs.exp()
+        if of_entropy is None:
+            gradient.mul_(found[:, None])
+        else:
+            gradient.mul_(found[:, None] - of_entropy[:, None] * (logprobs + entropy[:, None]))
+        if of_logprob is not None:
+            gradient.scatter_add_(-1, tokens[:, None], of_logprob[:, None])
+        return gradient, None

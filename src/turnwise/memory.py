@@ -25,14 +25,14 @@ from turnwise.config import CRITIC_METHODS, TrainConfig
 from turnwise.devices import (
     SMALL,
     chosen_device,
-    compute_dtype,
     computing,
     device_memory,
     num_parameters,
     set_computation,
     weight_dtype,
 )
-from turnwise.engines.attention import attention_masks
+from turnwise.engines.attention import attention_masks, sliding_layers
+from turnwise.engines.cache import RowCache
 from turnwise.engines.hf import PREFILL_TOKENS
 from turnwise.errors import ConfigError
 from turnwise.logits import logprobs_of
@@ -149,7 +149,7 @@ def _smaller(config: TrainConfig, model: PreTrainedModel) -> dict[str, TrainConf
 
 def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Lengths) -> MemoryEstimate:
     """What the run's weights, rollouts and updates take. Nothing of that size is made."""
-    rows = _rows(config, lengths)
+    rows = longest_rows(config, lengths)
     batches = [pack(chunk, pad_id=0) for chunk in chunks(rows, max_tokens=config.micro_batch_tokens)]
     largest = max(batches, key=lambda batch: sum(level.ids.numel() for level in batch.levels))
     places = torch.unique(largest.place[largest.loss])
@@ -157,11 +157,14 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
         fake = _shapes(model, config)
         weights, learned = _bytes(fake.parameters()), _bytes(p for p in fake.parameters() if p.requires_grad)
         activations, backward = _update_bytes(fake, largest, places, config)
-        prefill = _prefill_bytes(fake, lengths.prompt)
+        alive = min(ENGINE_ROWS, _rollouts_per_task(config) * config.tasks_per_step)
+        feeding = max(
+            _feed_bytes(fake, config.tasks_per_step, lengths.prompt, lengths.prompt),
+            _feed_bytes(fake, alive, min(max(1, lengths.result), lengths.rollout), lengths.rollout),
+        )
     with_critic = config.estimator in CRITIC_METHODS
     own = _bytes(fake.get_decoder().parameters()) if with_critic and config.critic == "own" else 0
-    alive = min(ENGINE_ROWS, _rollouts_per_task(config) * config.tasks_per_step)
-    size = compute_dtype(fake).itemsize
+    size = 3 if config.dtype == "mixed" else weight_dtype(config.dtype).itemsize  # keys in float32, values not
     vocabulary = fake.get_output_embeddings().weight.shape[0]  # pyright: ignore
     return MemoryEstimate(
         held={
@@ -176,7 +179,7 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
             "activations": activations,
             "logits and backward": backward,
         },
-        rollouts={"drawing and prefill": max(prefill, alive * vocabulary * (size + DRAWING_BYTES))},
+        rollouts={"feeding and drawing": max(feeding, alive * vocabulary * (size + DRAWING_BYTES))},
     )
 
 
@@ -191,7 +194,7 @@ def _rollouts_per_task(config: TrainConfig) -> int:
     return int(np.prod(config.branches)) if config.branches else config.group_size
 
 
-def _rows(config: TrainConfig, lengths: Lengths) -> list[Row]:
+def longest_rows(config: TrainConfig, lengths: Lengths) -> list[Row]:
     """Different rollouts, all as long as can be, as many as a minibatch has or a few micro-batches hold."""
     groups, size = -(-config.tasks_per_step // config.minibatches), _rollouts_per_task(config)
     length = max(1, lengths.rollout - lengths.prompt)
@@ -228,7 +231,7 @@ def _shapes(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     return fake
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Counts the bytes of the tensors that are made within, as long as they live."""
 
     def __init__(self) -> None:
@@ -274,7 +277,7 @@ def _update_bytes(
             vocabulary = head.weight.shape[0]
             return logprobs_of(head, states[places], tokens, temperature=1.0, vocabulary=vocabulary)[0]
 
-    with _Live() as live:
+    with Live() as live:
         states = token_states(fake, batch)
         held = live.now
         loss = logprobs(states).sum()
@@ -287,14 +290,26 @@ def _update_bytes(
     return held, live.most - held
 
 
-def _prefill_bytes(fake: PreTrainedModel, prompt: int) -> int:
-    """What feeding prompts takes at most, without the cache."""
-    shape = (max(1, PREFILL_TOKENS // prompt), prompt)
-    positions = torch.arange(prompt).expand(shape)
+def _feed_bytes(fake: PreTrainedModel, rows: int, tokens: int, length: int) -> int:
+    """What feeding the last `tokens` of `rows` conversations of a length takes in the engine, beside the cache."""
+    rows = max(1, min(rows, PREFILL_TOKENS // tokens))
+    cache = RowCache(sliding_layers(fake))
+    cache.reserve(rows, length, max_rows=rows, max_length=length)
+    positions = torch.arange(length - tokens, length).expand(rows, tokens)
+    write = (torch.arange(rows).repeat_interleave(tokens), positions.flatten())
     decoder: Any = fake.get_decoder()
-    with _Live() as live, torch.no_grad(), computing(fake):
-        masks = attention_masks(fake, positions[:, :, None] - positions[:, None, :])
-        decoder(input_ids=positions, attention_mask=masks, position_ids=positions, use_cache=False)
+
+    def feed() -> None:
+        cache.aim(write=write, source=None, read=slice(0, rows), read_length=length)
+        masks = attention_masks(fake, positions[:, :, None] - torch.arange(length))
+        decoder(
+            input_ids=positions, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+
+    with torch.no_grad(), computing(fake):
+        feed()  # makes the cache
+        with Live() as live:
+            feed()
     return live.most
 
 

@@ -421,16 +421,11 @@ def _is_usable(rollout: Rollout) -> bool:
     return rollout.stop != "error" and is_judged(rollout)
 
 
-def step_tasks(tasks: Sequence[Task], config: TrainConfig, step: int) -> list[Task]:
-    """A step's questions where no step has drawn more than its own.
-
-    A function of the seed and the step alone, so that every method sees the same questions.
-    """
-    return ordered_tasks(tasks, config.seed, step * config.tasks_per_step, config.tasks_per_step)
-
-
 def ordered_tasks(tasks: Sequence[Task], seed: int, first: int, count: int) -> list[Task]:
-    """`count` questions from place `first` on, in an order that is shuffled anew for every pass over them."""
+    """`count` questions from place `first` on, in an order that is shuffled anew for every pass over them.
+
+    A function of the seed and the place alone, so that every method sees the same questions.
+    """
     chosen = []
     for epoch, block in itertools.groupby(range(first, first + count), lambda p: p // len(tasks)):
         order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
