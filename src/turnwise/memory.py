@@ -170,7 +170,7 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
         held={
             "weights": weights,
             "optimiser": 2 * learned,
-            "reference": weights if config.kl_coef else 0,
+            "reference": weights if config.kl_coef and learned == weights else 0,  # of an adapter, the model without
             "critic": 3 * own,
             "rollout cache": alive * lengths.rollout * cache_bytes(fake.config, size),
         },
