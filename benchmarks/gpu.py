@@ -4,10 +4,10 @@
 
 Random weights in the shape of Qwen2.5-0.5B, bfloat16; 16 x 8 rollouts of three turns, whose lengths are drawn
 beforehand so that everybody draws the same number of tokens. In one run, after each other: `transformers`' own
-`generate` (a padded batch per turn, whole conversations fed again), then for all weights and for LoRA adapters alone the
-engine's rollouts and one update. Shares are of the rate at which the device multiplies square bfloat16 matrices, measured
-here; counted are 2 operations per weight and token forward, 4 more backward, 2 more where the weights do not learn.
-`--tiny` is for a processor and shows only that everything runs.
+`generate` (a padded batch per turn, whole conversations fed again), then for all weights and for LoRA adapters alone
+the engine's rollouts and one update. Shares are of the rate at which the device multiplies square bfloat16 matrices,
+measured here; counted are 2 operations per weight and token forward, 4 more backward, 2 more where the weights do not
+learn. `--tiny` is for a processor and shows only that everything runs.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def matrix_rate(device: torch.device, size: int) -> float:
 
 
 def peak(device: torch.device) -> float:
-    """MiB that the device has held at most; on a processor those of the whole process."""
+    """MiB that the device has held at most; on a processor the whole process, which is more."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / MIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -204,11 +204,10 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, bfloat16 matrices {rate / 1e12:.2f} Top/s")
     print(f"{len(work.prompts)} rollouts, {TURNS} turns, {work.turns.sum()} tokens drawn")
     plain = placed(random_model(tiny=args.tiny), device=args.device, dtype="bfloat16").eval()
-    times = [seconds(device, lambda: with_generate(plain, work)) for _ in range(args.rounds)]
+    times = [seconds(device, lambda plain=plain: with_generate(plain, work)) for _ in range(args.rounds)]
     took = statistics.median(times[1:] or times)
-    print(
-        f"{'':10}{'rollout tokens/s':>18}{'share':>8}{'update tokens/s':>18}{'share':>8}{'peak MiB':>10}{'estimate':>10}"
-    )
+    titles = (("rollout tokens/s", 18), ("share", 8), ("update tokens/s", 18), ("share", 8), ("peak MiB", 10))
+    print(" " * 10 + "".join(f"{title:>{width}}" for title, width in (*titles, ("estimate", 10))))
     print(f"{'generate':10}{work.turns.sum() / took:18.0f}")
     del plain
     for name, learns in (("all", False), ("LoRA", True)):

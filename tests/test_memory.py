@@ -1,6 +1,10 @@
 """The estimate of a run's memory: counted parts, and what the passes hold."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,3 +128,30 @@ def test_a_dry_run_says_it_and_leaves_nothing(checkpoint, tmp_path, capsys: pyte
     assert main(["train", "--policy", str(checkpoint), "--max-turn-tokens=16", "--out", str(out), "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("memory: about ")
     assert not out.exists()
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the process's memory is read from /proc")
+def test_the_estimate_is_within_15_percent_of_what_a_process_takes():
+    # minutes: rollouts and updates of a model of 38 million parameters, each case in a process of its own
+    command = [sys.executable, BENCHMARKS / "memory.py", "--tokens", "512"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    ratio = next(line for line in done.stdout.splitlines() if "plain / in pieces" in line)
+    assert float(ratio.split()[-1]) > 2
+    errors = {line[:20].strip(): float(line.split()[-1].rstrip("%")) for line in done.stdout.splitlines()[5:]}
+    assert len(errors) == 7
+    assert all(abs(error) < 15 for error in errors.values()), errors
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_on_a_processor():
+    pytest.importorskip("peft")
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--tiny", "--rounds", "1", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    names = [line.split()[0] for line in done.stdout.splitlines()[3:]]
+    assert names == ["generate", "all", "LoRA"]
