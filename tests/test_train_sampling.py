@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from turnwise import memory
 from turnwise.config import TrainConfig
 from turnwise.errors import ConfigError
 from turnwise.rundir import checkpoint_folder, latest_checkpoint
@@ -181,3 +182,27 @@ def test_a_run_in_bfloat16_goes_on_to_the_same_numbers(world: dict, tmp_path: Pa
     assert steps(tmp_path / "parts") == steps(tmp_path / "whole")
     saved = load_file(checkpoint_folder(tmp_path / "whole", 3) / "model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.bfloat16 if dtype == "bfloat16" else torch.float32}
+
+
+class Said:
+    """A display that keeps what it is told of the run."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def show(self, record: dict) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_a_larger_policy_says_what_it_takes_or_is_refused_before_anything_is_written(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "SMALL", 1)
+    display = Said()
+    train(**{**world, "steps": 1}, out=tmp_path / "run", display=display)
+    assert [text.startswith("memory: about ") for text in display.texts] == [True]
+    monkeypatch.setattr(memory, "device_memory", lambda device: 1000)
+    with pytest.raises(ConfigError, match="the run must fit its device"):
+        train(**world, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
