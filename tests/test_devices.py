@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from turnwise import devices
 from turnwise.batch import pack, rollout_row
+from turnwise.config import TrainConfig
 from turnwise.devices import check_device, chosen_device, compute_dtype, placed
 from turnwise.engine import Sampling
 from turnwise.errors import ConfigError
@@ -67,6 +68,19 @@ def test_a_small_model_stays_on_the_processor_and_a_large_one_takes_a_gpu(monkey
 def test_a_device_that_is_not_there_is_one_line():
     with pytest.raises(ConfigError, match=r"device must be one that torch offers on this machine; got cuda; take cpu"):
         check_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype must be a known name; got 'float16'"),
+        ({"device": "gpu"}, "device must be a known name; got 'gpu'"),
+        ({"gradient_checkpointing": "yes"}, "gradient-checkpointing must be true or false; got 'yes'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**options)
 
 
 def test_weights_go_to_bfloat16_and_rotary_frequencies_do_not(tiny: Policy):

@@ -249,6 +249,10 @@ class TrainConfig:
 
     def _check_sampling(self) -> None:
         """Raises ConfigError for dynamic sampling that would never end well, and for a cap of nothing."""
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ConfigError(
+                f"gradient-checkpointing must be true or false; got {self.gradient_checkpointing!r}; give one"
+            )
         if self.dynamic_sampling and self.estimator in CRITIC_METHODS:
             raise ConfigError(
                 f"dynamic-sampling must go with a method that compares rollouts of one question; {self.estimator} "

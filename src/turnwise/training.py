@@ -328,8 +328,8 @@ class _Run:
         dead = [i for i in range(len(played)) if i not in set(live)]
         chosen = sorted([*live, *dead[: config.tasks_per_step - len(live)]])
         kept = [
-            [dataclasses.replace(r, group=place) for _, r in played[i] if _is_usable(r)]
-            for place, i in enumerate(chosen)
+            [dataclasses.replace(r, group=number) for _, r in played[i] if _is_usable(r)]
+            for number, i in enumerate(chosen)
         ]
         return _Drawn(played=played, kept=kept, rounds=rounds)
 
