@@ -35,7 +35,7 @@ from turnwise.memory import Lengths, longest_rows, memory_estimate
 from turnwise.policy import Policy
 
 MIB = 2**20
-LENGTHS = Lengths(prompt=160, turn=48, result=80, turns=3, context=1024)
+LENGTHS = Lengths(prompt=160, turn=32, result=60, turns=3, context=1024)
 STEPS: dict[str, dict[str, Any]] = {
     "float32": {},
     "recomputed": {"gradient_checkpointing": True},
@@ -43,7 +43,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "mixed": {"dtype": "mixed"},
     "last layer learns": {},
     "own critic": {"estimator": "mt-ppo"},
-    "twice the tokens": {"micro_batch_tokens": 4096},
+    "twice the tokens": {"micro_batch_tokens": 2048},
 }
 
 
@@ -109,7 +109,8 @@ def model(partly: bool) -> Qwen2ForCausalLM:
 
 
 def options(name: str) -> TrainConfig:
-    return TrainConfig(tasks_per_step=4, group_size=4, minibatches=1, max_turns=LENGTHS.turns, **STEPS[name])
+    shape = {"tasks_per_step": 4, "group_size": 4, "minibatches": 1, "micro_batch_tokens": 1024}
+    return TrainConfig(**{**shape, "max_turns": LENGTHS.turns, **STEPS[name]})
 
 
 def step(name: str) -> None:
@@ -122,11 +123,22 @@ def step(name: str) -> None:
     critic = make_critic(policy, config.critic) if config.estimator in CRITIC_METHODS else None
     engine = HFEngine(policy.model, stop_ids=(), max_context=LENGTHS.context)
     rows = longest_rows(config, LENGTHS)
-    asyncio.run(played(engine, rows))
-    for _ in range(2):
-        made = [(i // config.group_size, learnable(row, critic is not None)) for i, row in enumerate(rows)]
-        update(policy, optimizer, made, config, 0, critic=critic)
+    alive = config.tasks_per_step * config.group_size
+    asyncio.run(played(engine, [rows[i % len(rows)] for i in range(alive)]))
+    for each in (optimizer, critic.optimizer) if critic else (optimizer,):
+        with_moments(each)
+    made = [(i // config.group_size, learnable(row, critic is not None)) for i, row in enumerate(rows)]
+    update(policy, optimizer, made, config, 0, critic=critic)
     assert engine.stats.decoded_tokens
+
+
+def with_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Takes a step of no length, after which the optimiser is as large as it gets."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 async def played(engine: HFEngine, rows: Sequence[Row]) -> None:
