@@ -72,8 +72,7 @@ def weight_dtype(dtype: Dtype) -> torch.dtype:
 
 def set_computation(model: PreTrainedModel, *, dtype: Dtype, recompute: bool) -> None:
     """How a model whose weights are in place computes."""
-    model._turnwise_mixed = dtype == "mixed"
-    model._turnwise_recompute = recompute
+    vars(model).update(_turnwise_mixed=dtype == "mixed", _turnwise_recompute=recompute)
 
 
 def computing(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:

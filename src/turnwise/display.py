@@ -69,7 +69,7 @@ def training_display(title: str, total: int, console: Console) -> Iterator[Shows
     panel = PanelDisplay(title, total)
     with Live(panel.rendered(), console=console, auto_refresh=False) as live:
         panel.changed = lambda: live.update(panel.rendered(), refresh=True)
-        panel.say = lambda text: live.console.print(Text(one_line(text)))  # above the panel
+        panel.said = lambda text: live.console.print(Text(one_line(text)))  # above the panel
         yield panel
 
 
@@ -100,12 +100,16 @@ class PanelDisplay:
         self.train: list[Record] = []
         self.validation: list[Record] = []
         self.changed: Callable[[], None] = lambda: None
-        self.say: Callable[[str], None] = lambda text: None
+        self.said: Callable[[str], None] = lambda text: None
 
     def show(self, record: Record) -> None:
         """Takes the record in and draws the panel anew."""
         (self.train if record["split"] == "train" else self.validation).append(record)
         self.changed()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the panel."""
+        self.said(text)
 
     def rendered(self) -> RenderableType:
         """The panel as it stands."""

@@ -181,7 +181,7 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     window = model.config.sliding_window if sliding else 0
     found: list[torch.Tensor] = []
     device = batch.ids.device
-    before: torch.Tensor | None = None
+    before = torch.empty(0, device=device)  # the states that the level's first tokens are predicted from
     start = torch.zeros(1, dtype=torch.int64, device=device)
     full = near = torch.empty(1, 0, dtype=torch.int64, device=device)  # positions of the keys in view; -1 is padding
     for depth, level in enumerate(batch.levels):
@@ -203,7 +203,7 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        before = states.new_zeros(1, 1, states.shape[-1]) if before is None else before
+        before = before if depth else states.new_zeros(1, 1, states.shape[-1])
         found.append(torch.cat([before[level.parent], states[:, :-1]], 1).flatten(0, 1))
         before = states[torch.arange(len(states), device=device), level.lengths - 1][:, None]
         start = start + level.lengths
