@@ -90,6 +90,15 @@ def test_weights_go_to_bfloat16_and_rotary_frequencies_do_not(tiny: Policy):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+def test_a_small_part_that_learns_stays_in_float32(tiny: Policy):
+    model = copy.deepcopy(tiny.model).requires_grad_(False)
+    model.get_decoder().norm.weight.requires_grad_(True)
+    placed(model, dtype="bfloat16")
+    kept = {name: p.dtype for name, p in model.named_parameters()}
+    assert kept.pop("model.norm.weight") == torch.float32
+    assert set(kept.values()) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 def test_bfloat16_comes_near_float32(tiny: Policy, dtype):
     exact, near = gradients(tiny), fresh(tiny, dtype=dtype)

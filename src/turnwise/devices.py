@@ -58,16 +58,19 @@ def placed(
 
     With `recompute`, each layer's activations are computed again in the backward pass instead of being kept.
     """
-    for parameter in model.parameters():  # and no buffers: a rotary frequency in bfloat16 is another frequency
-        parameter.data = parameter.data.to(weight_dtype(dtype))
+    for parameter, kept in weight_dtypes(model, dtype):  # and no buffers: a rotary frequency would be another one
+        parameter.data = parameter.data.to(kept)
     model.to(chosen_device(device, model))  # pyright: ignore[reportArgumentType]
     set_computation(model, dtype=dtype, recompute=recompute)
     return model
 
 
-def weight_dtype(dtype: Dtype) -> torch.dtype:
-    """What weights are kept in."""
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+def weight_dtypes(model: PreTrainedModel, dtype: Dtype) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
+    """What each weight is kept in. Where only a part learns, that part is small, and stays in float32."""
+    weights = list(model.parameters())
+    whole = all(p.requires_grad for p in weights)
+    small = dtype == "bfloat16"
+    return [(p, torch.bfloat16 if small and (whole or not p.requires_grad) else torch.float32) for p in weights]
 
 
 def set_computation(model: PreTrainedModel, *, dtype: Dtype, recompute: bool) -> None:

@@ -29,7 +29,7 @@ from turnwise.devices import (
     device_memory,
     num_parameters,
     set_computation,
-    weight_dtype,
+    weight_dtypes,
 )
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
@@ -164,7 +164,7 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
         )
     with_critic = config.estimator in CRITIC_METHODS
     own = _bytes(fake.get_decoder().parameters()) if with_critic and config.critic == "own" else 0
-    size = 3 if config.dtype == "mixed" else weight_dtype(config.dtype).itemsize  # keys in float32, values not
+    size = {"float32": 4, "mixed": 3, "bfloat16": 2}[config.dtype]  # mixed: keys in float32, values in bfloat16
     vocabulary = fake.get_output_embeddings().weight.shape[0]  # pyright: ignore
     return MemoryEstimate(
         held={
@@ -221,8 +221,8 @@ def longest_rows(config: TrainConfig, lengths: Lengths) -> list[Row]:
 def _shapes(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """The model without content, as it will be placed; to be called where tensors are fake."""
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty(parameter.shape, dtype=weight_dtype(config.dtype))
+    for parameter, kept in weight_dtypes(model, config.dtype):
+        empty = torch.empty(parameter.shape, dtype=kept)
         memo[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
