@@ -279,6 +279,7 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
         *,
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         resume: bool = False,
+        dry_run: bool = False,
     ) -> int:
         """Train a policy and leave a run directory.
 
@@ -286,8 +287,14 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
             file: A TOML or JSON file of the options below, or a run's config.json; it comes first.
             config: The options; they override the file's.
             resume: Go on with the run in --out from its newest checkpoint.
+            dry_run: Check everything, say how much memory the run would take, and leave nothing.
         """
         _check_file_first(file, args)
+        if dry_run:
+            from turnwise.training import planned_memory
+
+            print(planned_memory(config).text())
+            return 0
         return _train(config, resume=resume, given=_given(args))
 
     return train

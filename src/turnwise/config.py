@@ -20,6 +20,9 @@ from turnwise.rollout import check_branches
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
 RATIOS = ("token", "turn", "sequence")
+DTYPES = ("float32", "bfloat16", "mixed")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+CORRECTIONS = ("none", "truncate", "mask")
 RECORDED = ("tokens", "anchor")
 """The optional columns of the turn table that training fills without a critic."""
 CRITIC_METHODS = (*TOKEN_ESTIMATORS, "turn-ppo", "step-ppo")
@@ -65,6 +68,13 @@ class TrainConfig:
     whiten: bool | None = None
     """Methods with a critic: whiten advantages over the step's sampled tokens. By default token methods do, turn-ppo
     and step-ppo (which whitens over turns itself) do not."""
+
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    """Numbers of weights and operations; "mixed" keeps float32 weights and computes in bfloat16 (docs/memory.md)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the policy computes; "auto" takes a GPU where there is one, for 20 million parameters or more."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
 
     policy: str = "embedded"
     """The start: "embedded" (the one for the protocol), a checkpoint folder, or a model of the Hugging Face hub."""
@@ -129,6 +139,9 @@ class TrainConfig:
     """Rollouts of each question, where they do not branch."""
     branches: tuple[int, ...] = ()
     """Draw a tree per question instead: 4 2 draws four first turns and two second ones after each."""
+    dynamic_sampling: int = 0
+    """Replace questions whose rollouts show no difference by the next ones, in so many extra rounds of a step at most
+    (DAPO, arXiv 2503.14476)."""
     token_budget: int | None = None
     """End the run once it has sampled so many tokens in training rollouts, if `steps` do not end it before."""
     passes: int = 1
@@ -149,6 +162,10 @@ class TrainConfig:
     """How far below 1 a probability ratio counts."""
     clip_high: float = 0.2
     """How far above 1 a probability ratio counts."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh tokens by trainer's / sampler's probability where the two differ: at most sampler-cap, or 0 beyond it."""
+    sampler_cap: float = 2.0
+    """The largest such weight; with "mask" also the inverse of the smallest."""
     aggregation: Literal["sequence-mean", "token-mean", "turn-mean", "constant"] = "sequence-mean"
     """What a token weighs in the loss: means over rollouts, tokens or turns, or a constant (max-turns x
     max-turn-tokens per rollout)."""
@@ -174,11 +191,18 @@ class TrainConfig:
             _check_number(name, getattr(self, name), low, high)
         _check_tree(self.branches, self.max_turns, self.ratio)
         _check_estimator(self.estimator, branching=bool(self.branches))
-        for option, value, known in (("aggregation", self.aggregation, AGGREGATIONS), ("critic", self.critic, CRITICS)):
+        for option, value, known in (
+            ("aggregation", self.aggregation, AGGREGATIONS),
+            ("critic", self.critic, CRITICS),
+            ("dtype", self.dtype, DTYPES),
+            ("device", self.device, DEVICES),
+            ("sampler-correction", self.sampler_correction, CORRECTIONS),
+        ):
             if value not in known:
                 raise unknown_name(option, value, known)
         self._check_critic()
         self._check_lora()
+        self._check_sampling()
         if self.exact_match not in EXACT_MATCHES:
             raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
         if self.ratio not in RATIOS:
@@ -247,6 +271,27 @@ class TrainConfig:
             raise ConfigError(
                 "critic 'own' must not go with lora-rank: its trunk would be a second copy of the whole model; take "
                 "--critic shared"
+            )
+
+    def _check_sampling(self) -> None:
+        """Raises ConfigError for dynamic sampling that would never end well, and for a cap of nothing."""
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ConfigError(
+                f"gradient-checkpointing must be true or false; got {self.gradient_checkpointing!r}; give one"
+            )
+        if self.dynamic_sampling and self.estimator in CRITIC_METHODS:
+            raise ConfigError(
+                f"dynamic-sampling must go with a method that compares rollouts of one question; {self.estimator} "
+                "learns from every rollout by its critic; leave it out"
+            )
+        if self.dynamic_sampling and self.group_size < 2 and not self.branches:
+            raise ConfigError(
+                f"dynamic-sampling must have rollouts to compare; got group-size {self.group_size}; take 2 or more"
+            )
+        if self.sampler_correction == "none" and self.sampler_cap != TrainConfig.sampler_cap:
+            raise ConfigError(
+                f"sampler-cap must go with sampler-correction truncate or mask; got {self.sampler_cap} with none; "
+                "leave it out, or name a correction"
             )
 
     def _check_judge(self) -> None:
@@ -390,6 +435,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("clip_low", 0, 1),
     ("clip_high", 0, _INF),
     ("kl_coef", 0, _INF),
+    ("dynamic_sampling", 0, 1000),
+    ("sampler_cap", 1, _INF),
     ("micro_batch_tokens", 16, _INF),
     ("validate_every", 1, _INF),
     ("validation_size", 1, _INF),

@@ -14,6 +14,7 @@ from turnwise import atlas, metrics
 from turnwise.chat import Chat
 from turnwise.config import ATLAS_HOPS, TrainConfig, without_judge
 from turnwise.cores import in_parallel, parts_at_once
+from turnwise.devices import is_offered, placed
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
@@ -349,14 +350,16 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     if is_run(folder):
         best = checkpoint == "best" and (folder / "best").is_dir()
         source = folder / "best" if best else latest_checkpoint(folder)[0]
-        return load_policy(source), read_config(folder)
+        config = read_config(folder)
+        return place(load_policy(source), config), config
     if _is_begun(folder):
         raise RunError(
             f"{run} must be a run with metrics; it has a configuration but no metrics.jsonl, as its training stopped "
             f"before the first validation, or the file is lost; train it: turnwise train --resume --out {run}"
         )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
-    return load_policy(folder), read_config(above[0]) if above else TrainConfig()
+    config = read_config(above[0]) if above else TrainConfig()
+    return place(load_policy(folder), config), config
 
 
 def is_run(folder: Path) -> bool:
@@ -435,6 +438,13 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
         context=policy.context,
         max_turns=config.max_turns,
     )
+
+
+def place(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy on the configuration's device and in its dtype; where there is no such device, on another."""
+    device = config.device if is_offered(config.device) else "auto"
+    placed(policy.model, device=device, dtype=config.dtype, recompute=config.gradient_checkpointing)
+    return policy
 
 
 def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:

@@ -90,6 +90,7 @@ def _optimise(
     ) -> tuple[dict[str, float], Sequence[torch.Tensor | None]]:
         """A micro-batch's share of the sums, and its gradients where they are not added as they are found."""
         batch, ref_logprobs = item
+        batch = batch.to(policy.model.device)
         states = token_states(policy.model, batch) if policy_learns else None
         found, losses = {}, []
         if states is not None:
@@ -148,7 +149,7 @@ def _stepped(optimizer: torch.optim.Optimizer, max_norm: float, option: str) -> 
 
 def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:
     """Which ratio each token takes part in, (B, T): one number per turn, or per rollout."""
-    rows = torch.arange(batch.num_rows)[:, None].expand_as(batch.action)
+    rows = torch.arange(batch.num_rows, device=batch.action.device)[:, None].expand_as(batch.action)
     if ratio == "sequence":
         return rows
     starts = batch.action & ~torch.nn.functional.pad(batch.action, (1, 0))[:, :-1]
@@ -167,6 +168,7 @@ def _reference_logprobs(
 
     @torch.no_grad()  # of this thread alone, so it stands here
     def computed(batch: MicroBatch) -> torch.Tensor:
+        batch = batch.to(reference.model.device)
         return token_logprobs(reference.model, batch, batch.loss, temperature=config.temperature)[0]
 
     with without_adapter(reference.model):
@@ -222,7 +224,7 @@ def _value_loss(
     assert batch.values is not None, "with a critic, rows have values"
     assert batch.returns is not None, "with a critic, rows have value targets"
     there = ~batch.returns.isnan()
-    weights = (batch.counts[:, None, None] / (targets * len(targets))).expand_as(there)[there]
+    weights = (batch.counts[:, None, None] / (targets * len(targets)).to(there.device)).expand_as(there)[there]
     values = token_values(critic, batch, states)[there]
     parts = value_loss(values, batch.values[there], batch.returns[there], weights, clip=config.value_clip)
     found |= {"value_loss": float(parts.loss.detach()), "value_clip_fraction": float(parts.clipped)}

@@ -1,6 +1,7 @@
 """The policy: a Hugging Face causal language model with its chat, and log-probabilities under it."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from turnwise.batch import MicroBatch, Row, pack
 from turnwise.chat import BPETokenizer, Chat, load_chat
+from turnwise.devices import computing, recomputing
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.families import check_model, longest_context, output_logits
 from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.logits import logprobs_of
 from turnwise.lora import load_adapter
 from turnwise.sources import adapter_base, handed_on, is_adapter, policy_folder
 
@@ -202,7 +205,7 @@ def _check_computed(model: PreTrainedModel) -> None:
     vocab = model.get_input_embeddings().weight.shape[0]
     tokens = [(7 * i * vocab // 89 + i) % vocab for i in range(16)]
     rows = [_plain_row(tokens[:4], [*tokens[4:8], *end]) for end in (tokens[8:12], tokens[12:16])]
-    batch = pack(rows, pad_id=0).to(model.device) if hasattr(MicroBatch, "to") else pack(rows, pad_id=0)
+    batch = pack(rows, pad_id=0).to(model.device)
     try:
         with torch.no_grad():
             found = output_logits(model, token_states(model, batch)[batch.place]).float()
@@ -255,9 +258,9 @@ def save_policy(policy: Policy, folder: Path) -> None:
 class _AncestorCache(Cache):
     """Keys and values of what each stretch continues, put before its own. Gradients flow through."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         super().__init__(layers=[])
-        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.before = before or {}
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(  # type: ignore[override]
@@ -266,18 +269,19 @@ class _AncestorCache(Cache):
         if layer_idx in self.before:
             keys, values = self.before[layer_idx]
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
-        self.seen[layer_idx] = (key_states, value_states)
+        self.seen.setdefault(layer_idx, (key_states, value_states))  # a layer that is computed again adds nothing
         return key_states, value_states
 
-    def descend(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> None:
-        """To the next level, whose row i continues row `parent[i]`. Sliding layers keep the keys `near` (N, S)."""
+    def descended(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> "_AncestorCache":
+        """That of the next level, whose row i continues row `parent[i]`. Sliding layers keep the keys `near` (N, S)."""
+        before = {}
         for layer, seen in self.seen.items():
             keys, values = (states.index_select(0, parent) for states in seen)
             if layer in sliding:
                 at = near[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
                 keys, values = keys.gather(2, at), values.gather(2, at)
-            self.before[layer] = (keys, values)
-        self.seen = {}
+            before[layer] = (keys, values)
+        return _AncestorCache(before)
 
 
 def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
@@ -290,29 +294,32 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     cache, sliding = _AncestorCache(), sliding_layers(model)
     window = model.config.sliding_window if sliding else 0
     found: list[torch.Tensor] = []
-    before = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
-    start = torch.zeros(1, dtype=torch.int64)
-    full = near = torch.empty(1, 0, dtype=torch.int64)  # positions of the keys in view; -1 is padding
+    device = batch.ids.device
+    before = torch.empty(0, device=device)  # the states that the level's first tokens are predicted from
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    full = near = torch.empty(1, 0, dtype=torch.int64, device=device)  # positions of the keys in view; -1 is padding
     for depth, level in enumerate(batch.levels):
         if depth:
             kept = near.topk(min(window - 1, near.shape[1])) if sliding else near.topk(0)
-            cache.descend(level.parent, kept.indices[level.parent], sliding)
+            cache = cache.descended(level.parent, kept.indices[level.parent], sliding)
             full, near = full[level.parent], kept.values[level.parent]
         start = start[level.parent]
-        steps = torch.arange(level.ids.shape[1])
+        steps = torch.arange(level.ids.shape[1], device=device)
         positions = start[:, None] + steps
         own = positions.masked_fill(steps >= level.lengths[:, None], -1)
         full, near = torch.cat([full.expand(len(own), -1), own], 1), torch.cat([near.expand(len(own), -1), own], 1)
         masks = attention_masks(model, _distance(positions, full), _distance(positions, near))
-        states = decoder(
-            input_ids=level.ids,
-            attention_mask=masks,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with computing(model), recomputing(model):
+            states = decoder(
+                input_ids=level.ids,
+                attention_mask=masks,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        before = before if depth else states.new_zeros(1, 1, states.shape[-1])
         found.append(torch.cat([before[level.parent], states[:, :-1]], 1).flatten(0, 1))
-        before = states[torch.arange(len(states)), level.lengths - 1][:, None]
+        before = states[torch.arange(len(states), device=device), level.lengths - 1][:, None]
         start = start + level.lengths
     return torch.cat(found)
 
@@ -339,7 +346,8 @@ def token_logprobs(
     places, inverse = torch.unique(batch.place[where], return_inverse=True)
     tokens = torch.cat([level.ids.flatten() for level in batch.levels])[places]
     states = token_states(model, batch) if states is None else states
-    logits = output_logits(model, states[places]).float() / temperature
-    logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, tokens[:, None])[:, 0][inverse], entropy[inverse]
+    head = functools.partial(output_logits, model)
+    with computing(model):
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        logprobs, entropy = logprobs_of(head, states[places], tokens, temperature=temperature, vocabulary=vocabulary)
+    return logprobs[inverse], entropy[inverse]

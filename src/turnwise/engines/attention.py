@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from turnwise.devices import compute_dtype
+
 ALL_SLIDING = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2")
 """The kinds of model whose configurations name no layers: where they have a window, every layer has it."""
 
@@ -24,7 +26,7 @@ def attention_masks(
     `distance` (B, T, S) says how many tokens before a query each key stands; a negative one cannot be seen. Layers with
     sliding attention see distances below `sliding_window`; `near` holds theirs where they are given other keys.
     """
-    dtype = next(model.parameters()).dtype
+    dtype = compute_dtype(model)
     if not sliding_layers(model):
         return _additive(distance >= 0, dtype)
     near = distance if near is None else near

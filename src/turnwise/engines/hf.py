@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from turnwise.devices import computing
 from turnwise.engine import Completion, Sampling, fork_onto_session
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
@@ -127,6 +128,7 @@ class HFEngine:
         self._model = model
         self._decoder: Any = model.get_decoder()
         self._device = next(model.parameters()).device
+        self._draws_on = torch.device("cpu") if self._device.type == "mps" else self._device  # Apple has no float64
         self._vocab = model.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
         self._sliding = sliding_layers(model)
         self._is_stop = _stop_table(stop_ids, self._vocab)
@@ -443,13 +445,14 @@ class HFEngine:
             near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(min=0))),
         )
         place = self._tensor(positions)
-        return self._decoder(
-            input_ids=self._tensor(ids),
-            position_ids=place,
-            attention_mask=self._masks(place, read_length, None if near is None else self._tensor(near)),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        with computing(self._model):
+            return self._decoder(
+                input_ids=self._tensor(ids),
+                position_ids=place,
+                attention_mask=self._masks(place, read_length, None if near is None else self._tensor(near)),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
 
     def _masks(
         self, positions: torch.Tensor, length: int, near: torch.Tensor | None
@@ -465,10 +468,12 @@ class HFEngine:
         """Draw the next token of rows `active` [B] from `hidden` [B, d]; answer what is done."""
         rows = self._rows
         place = rows.length[active]
+        with computing(self._model):
+            logits = output_logits(self._model, hidden).to(self._draws_on)
         tokens, logprobs = drawn_tokens(
-            output_logits(self._model, hidden),
-            self._tensor(rows.temperature[active]),
-            self._tensor(rows.uniforms[active, place]),
+            logits,
+            torch.from_numpy(rows.temperature[active]).to(self._draws_on),
+            torch.from_numpy(rows.uniforms[active, place]).to(self._draws_on),
         )
         ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
         if not np.isfinite(values).all():
