@@ -307,7 +307,7 @@ def _one_task(folder: Path) -> str:
         ("long", r"must fit the policy's context of 1024 tokens; task 'a' needs"),
         ("no tasks", "there is none"),
         ("estimator", "did you mean mt-grpo"),
-        ("policy", "must be embedded or embedded-search, or a checkpoint folder"),
+        ("policy", "must be embedded or embedded-search, a checkpoint folder"),
         ("tools", "must be valid Python"),
         ("reward name", "did you mean exact_match"),
         ("below a file", "must be writable"),
