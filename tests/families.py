@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -59,6 +60,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt 2": ("GPT2LMHeadModel", {"n_inner": 48}),
 }
 """Families by name: their class in `transformers`, and what is special about the model."""
+RARER = (
+    *("llama 3", "mistral", "phi 3, longrope", "olmo 2", "olmo 3"),
+    *("starcoder 2", "mixtral", "gpt-oss", "gpt-neox", "gpt 2"),
+)
+EACH_FAMILY = [pytest.param(name, marks=pytest.mark.slow if name in RARER else ()) for name in FAMILIES]
+"""What tests of every family are parametrised with; the rarer ones, and those that differ little, are slow tests."""
 
 
 def tiny(

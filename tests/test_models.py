@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 import families
-from families import FAMILIES
+from families import EACH_FAMILY
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.evaluation import run_policy
 from turnwise.policy import load_policy, save_policy
@@ -38,7 +38,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_every_family_loads_and_is_saved_as_transformers_takes_it(family: str, bpe_chat, tmp_path):
     policy = load_policy(write_model(tmp_path / "model", bpe_chat, family))
     save_policy(policy, tmp_path / "saved")

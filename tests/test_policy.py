@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import families
-from families import FAMILIES
+from families import EACH_FAMILY
 from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, pack, rollout_row, weighted
 from turnwise.config import TrainConfig
 from turnwise.credit import ESTIMATORS, turn_table
@@ -123,7 +123,7 @@ def test_shared_beginnings_give_what_plain_passes_give_for_any_window(bpe_chat, 
     assert_close(shared, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_every_familys_shared_beginnings_give_a_plain_passs_numbers_and_gradient(bpe_chat, family: str):
     model = families.tiny(family, vocab=VOCAB, initializer_range=0.1)
     policy, made = Policy(model, bpe_chat), branching_rows()

@@ -38,8 +38,9 @@ def convert_llama2c(weights: Path, tokenizer: Path, out: Path) -> Path:
     model = read_llama2c(weights)
     backend = read_tokenizer(tokenizer, model.config.vocab_size)
     model.resize_token_embeddings(backend.get_vocab_size(), mean_resizing=False)
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     with torch.no_grad():
-        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        for table in (layer.weight for layer in layers):
             table[-len(SPECIALS) :] = table[: -len(SPECIALS)].mean(0)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": END, "pad_token": PAD}
     files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}

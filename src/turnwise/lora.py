@@ -10,6 +10,7 @@ reference of a KL term needs no second copy.
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -96,9 +97,10 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, base: str) -> None:
             f"adapter {folder} must be whole; it lacks {sorted(found.missing_keys)[0]} and "
             f"{len(found.missing_keys) - 1} other tensors; use another checkpoint of the run"
         )
-    model._weight_conversions = conversions  # the names of weights on disk are the model's again, not the adapter's
-    model.name_or_path = base
-    settings = model.peft_config["default"]
+    own: Any = model
+    own._weight_conversions = conversions  # the names of weights on disk are the model's again, not the adapter's
+    own.name_or_path = base
+    settings: Any = model.peft_config["default"]
     if getattr(settings, "modules_to_save", None):
         raise ConfigError(
             f"adapter {folder} must hold products beside layers alone; it holds whole layers too "

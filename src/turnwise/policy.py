@@ -202,10 +202,11 @@ def _check_computed(model: PreTrainedModel) -> None:
     Two rows part after eight tokens, so that all the ways of the update are gone; a few milliseconds per billion
     multiplications, for any family that `transformers` has or will have.
     """
-    vocab = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocab = int(embeddings.weight.shape[0])
     tokens = [(7 * i * vocab // 89 + i) % vocab for i in range(16)]
     rows = [_plain_row(tokens[:4], [*tokens[4:8], *end]) for end in (tokens[8:12], tokens[12:16])]
-    batch = pack(rows, pad_id=0).to(model.device)
+    batch = pack(rows, pad_id=0)
     try:
         with torch.no_grad():
             found = output_logits(model, token_states(model, batch)[batch.place]).float()
