@@ -199,8 +199,8 @@ def _check_config(folder: Path) -> None:
 def _check_computed(model: PreTrainedModel) -> None:
     """ConfigError where the model's own forward pass and ours, with cache, masks and shared beginnings, disagree.
 
-    Two rows part after eight tokens, so that all the ways of the update are gone; a few milliseconds per billion
-    multiplications, for any family that `transformers` has or will have.
+    For any family that `transformers` has or will have: two rows of twelve tokens that share eight, in the update's way
+    and by the model's own.
     """
     embeddings: Any = model.get_input_embeddings()
     vocab = int(embeddings.weight.shape[0])
