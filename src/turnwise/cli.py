@@ -36,6 +36,7 @@ LARGEST_GROUP = 128
 EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors"), "train"),
     **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+    "peft": "lora",
 }
 """The extra that brings each module."""
 
@@ -236,6 +237,35 @@ def convert(source: Path, out: Path, /, *, format: str = "auto") -> None:
         print(f"{done.articles:,} passages in {done.corpus_path}")
 
 
+def convert_weights(weights: Path, tokenizer: Path, out: Path, /) -> None:
+    """Make a checkpoint of a small pretrained Llama in llama2.c's legacy layout.
+
+    Args:
+        weights: The model's file, such as stories260K.bin.
+        tokenizer: The tokenizer's file, such as tokenizer.bin.
+        out: The folder to make.
+    """
+    from turnwise.llama2c import convert_llama2c
+    from turnwise.rundir import writing
+
+    with writing(out):
+        convert_llama2c(weights, tokenizer, out)
+    print(f"The checkpoint is in {out}; `turnwise train --policy {out}` begins with it.")
+
+
+def export(run: str, /, *, out: Path, checkpoint: Literal["best", "last"] = "best") -> None:
+    """Write a run's policy as a plain checkpoint that transformers loads; an adapter is merged into its base model.
+
+    Args:
+        run: A run directory or a checkpoint folder.
+        out: The folder to make.
+        checkpoint: The run's best by validation, or its last.
+    """
+    from turnwise.exporting import export as exported
+
+    print(f"The checkpoint is in {exported(run, out, checkpoint=checkpoint)}.")
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
@@ -253,6 +283,7 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
         *,
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         resume: bool = False,
+        dry_run: bool = False,
     ) -> int:
         """Train a policy and leave a run directory.
 
@@ -260,8 +291,14 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
             file: A TOML or JSON file of the options below, or a run's config.json; it comes first.
             config: The options; they override the file's.
             resume: Go on with the run in --out from its newest checkpoint.
+            dry_run: Check everything, say how much memory the run would take, and leave nothing.
         """
         _check_file_first(file, args)
+        if dry_run:
+            from turnwise.training import planned_memory
+
+            print(planned_memory(config).text())
+            return 0
         return _train(config, resume=resume, given=_given(args))
 
     return train
@@ -823,12 +860,14 @@ COMMANDS = {
     "eval": Command("measure a policy on questions, with intervals", evaluate),
     "ask": Command("ask a policy a question and watch it work", ask),
     "serve": Command("serve a run's agent as an OpenAI-compatible chat endpoint", serve),
+    "export": Command("write a run's policy as a plain checkpoint", export),
     "report": Command("table, curves and the credit of every turn, from runs", report),
     "credit": Command("credit of recorded rollouts by several methods, side by side", credit),
     "lab": Command("compare estimators with exact gradients on small processes", lab),
     "search": Command("search a corpus as the agent's tool does", search),
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),
     "convert": Command("make task and corpus files from public question sets", convert),
+    "convert-weights": Command("make a checkpoint of llama2.c's weights", convert_weights),
     "warmup": Command("make a starting checkpoint from demonstrations", build=_warmup_command),
     "reproduce": Command("compare methods over seeds", build=_reproduce_command),
 }

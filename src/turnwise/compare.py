@@ -225,12 +225,12 @@ def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]
 
 def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
     """Metrics of greedy and of sampled evaluations of both populations."""
-    from turnwise.evaluation import evaluation_to_dict, make_engines, play, rollout_limits, summarised
+    from turnwise.evaluation import evaluation_to_dict, make_engines, place, play, rollout_limits, summarised
     from turnwise.policy import load_policy
     from turnwise.setting import make_setting
 
     setting = make_setting(config)
-    loaded = load_policy(policy)
+    loaded = place(load_policy(policy), config)
     limits = rollout_limits(config, loaded)
     engines = make_engines(loaded, config, max_rows=EVALUATED_ROWS)
     found: dict[str, Any] = {}

@@ -21,6 +21,9 @@ ENGINES = ("hf", "vllm")
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
 RATIOS = ("token", "turn", "sequence")
+DTYPES = ("float32", "bfloat16", "mixed")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+CORRECTIONS = ("none", "truncate", "mask")
 RECORDED = ("tokens", "anchor")
 """The optional columns of the turn table that training fills without a critic."""
 CRITIC_METHODS = (*TOKEN_ESTIMATORS, "turn-ppo", "step-ppo")
@@ -67,8 +70,21 @@ class TrainConfig:
     """Methods with a critic: whiten advantages over the step's sampled tokens. By default token methods do, turn-ppo
     and step-ppo (which whitens over turns itself) do not."""
 
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    """Numbers of weights and operations; "mixed" keeps float32 weights and computes in bfloat16 (docs/memory.md)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the policy computes; "auto" takes a GPU where there is one, for 20 million parameters or more."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+
     policy: str = "embedded"
-    """The start: "embedded" (the one for the protocol), or a checkpoint folder."""
+    """The start: "embedded" (the one for the protocol), a checkpoint folder, or a model of the Hugging Face hub."""
+    lora_rank: int = 0
+    """Learn matrices of this rank beside the policy's, which stay as they are (LoRA); 0 learns all weights."""
+    lora_alpha: float | None = None
+    """What LoRA's products are multiplied by, times the rank; by default twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers beside which LoRA learns; by default all linear layers but the output layer."""
     tasks: str = ATLAS
     """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
     validation_tasks: str | None = None
@@ -131,6 +147,9 @@ class TrainConfig:
     """Rollouts of each question, where they do not branch."""
     branches: tuple[int, ...] = ()
     """Draw a tree per question instead: 4 2 draws four first turns and two second ones after each."""
+    dynamic_sampling: int = 0
+    """Replace questions whose rollouts show no difference by the next ones, in so many extra rounds of a step at most
+    (DAPO, arXiv 2503.14476)."""
     token_budget: int | None = None
     """End the run once it has sampled so many tokens in training rollouts, if `steps` do not end it before."""
     passes: int = 1
@@ -151,6 +170,10 @@ class TrainConfig:
     """How far below 1 a probability ratio counts."""
     clip_high: float = 0.2
     """How far above 1 a probability ratio counts."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh tokens by trainer's / sampler's probability where the two differ: at most sampler-cap, or 0 beyond it."""
+    sampler_cap: float = 2.0
+    """The largest such weight; with "mask" also the inverse of the smallest."""
     aggregation: Literal["sequence-mean", "token-mean", "turn-mean", "constant"] = "sequence-mean"
     """What a token weighs in the loss: means over rollouts, tokens or turns, or a constant (max-turns x
     max-turn-tokens per rollout)."""
@@ -176,11 +199,19 @@ class TrainConfig:
             _check_number(name, getattr(self, name), low, high)
         _check_tree(self.branches, self.max_turns, self.ratio)
         _check_estimator(self.estimator, branching=bool(self.branches))
-        for option, value, known in (("aggregation", self.aggregation, AGGREGATIONS), ("critic", self.critic, CRITICS)):
+        for option, value, known in (
+            ("aggregation", self.aggregation, AGGREGATIONS),
+            ("critic", self.critic, CRITICS),
+            ("dtype", self.dtype, DTYPES),
+            ("device", self.device, DEVICES),
+            ("sampler-correction", self.sampler_correction, CORRECTIONS),
+        ):
             if value not in known:
                 raise unknown_name(option, value, known)
         self._check_critic()
         self._check_engine()
+        self._check_lora()
+        self._check_sampling()
         if self.exact_match not in EXACT_MATCHES:
             raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
         if self.ratio not in RATIOS:
@@ -238,6 +269,48 @@ class TrainConfig:
             raise unknown_name("engine", self.engine, ENGINES)
         if self.engine != "vllm" and self.vllm_memory_share != TrainConfig.vllm_memory_share:
             raise ConfigError(f"vllm-memory-share must go with engine vllm; got engine {self.engine}; leave it out")
+        if self.engine == "vllm" and self.lora_rank:
+            raise ConfigError("engine vllm must have whole weights; got lora-rank; leave one of them out")
+
+    def _check_lora(self) -> None:
+        """Raises ConfigError for options of LoRA where there is none, and for a critic that would copy the model."""
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_targets"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise ConfigError(
+                        f"{name.replace('_', '-')} must go with LoRA; lora-rank is 0; leave it out, or give a rank"
+                    )
+            return
+        if self.lora_alpha is not None:
+            _check_number("lora_alpha", self.lora_alpha, 1e-9, _INF, whole=False)
+        if not all(isinstance(name, str) and name for name in self.lora_targets):
+            raise ConfigError(f"lora-targets must be names of layers; got {self.lora_targets}; such as q_proj v_proj")
+        if self.estimator in CRITIC_METHODS and self.critic == "own":
+            raise ConfigError(
+                "critic 'own' must not go with lora-rank: its trunk would be a second copy of the whole model; take "
+                "--critic shared"
+            )
+
+    def _check_sampling(self) -> None:
+        """Raises ConfigError for dynamic sampling that would never end well, and for a cap of nothing."""
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ConfigError(
+                f"gradient-checkpointing must be true or false; got {self.gradient_checkpointing!r}; give one"
+            )
+        if self.dynamic_sampling and self.estimator in CRITIC_METHODS:
+            raise ConfigError(
+                f"dynamic-sampling must go with a method that compares rollouts of one question; {self.estimator} "
+                "learns from every rollout by its critic; leave it out"
+            )
+        if self.dynamic_sampling and self.group_size < 2 and not self.branches:
+            raise ConfigError(
+                f"dynamic-sampling must have rollouts to compare; got group-size {self.group_size}; take 2 or more"
+            )
+        if self.sampler_correction == "none" and self.sampler_cap != TrainConfig.sampler_cap:
+            raise ConfigError(
+                f"sampler-cap must go with sampler-correction truncate or mask; got {self.sampler_cap} with none; "
+                "leave it out, or name a correction"
+            )
 
     def _check_judge(self) -> None:
         """Bad options of the judge, and options of a judge that is not there, raise here."""
@@ -364,6 +437,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_turn_tokens", 4, 1_000_000),
     ("temperature", 1e-3, 100),
     ("vllm_memory_share", 0.01, 1),
+    ("lora_rank", 0, 65536),
     ("seed", 0, 2**63),
     ("steps", 1, _INF),
     ("tasks_per_step", 1, _INF),
@@ -380,6 +454,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("clip_low", 0, 1),
     ("clip_high", 0, _INF),
     ("kl_coef", 0, _INF),
+    ("dynamic_sampling", 0, 1000),
+    ("sampler_cap", 1, _INF),
     ("micro_batch_tokens", 16, _INF),
     ("validate_every", 1, _INF),
     ("validation_size", 1, _INF),
@@ -427,6 +503,8 @@ def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
 
     Raises ConfigError where it must be text and is not.
     """
+    if typing.get_origin(kind) is tuple:
+        return tuple(value) if isinstance(value, list) else value
     kinds = typing.get_args(kind) or (kind,)  # of str | None, of Literal["own", "shared"]
     text = Path in kinds or str in kinds or all(isinstance(choice, str) for choice in kinds)
     if text and not isinstance(value, str) and not (value is None and types.NoneType in kinds):
@@ -434,7 +512,7 @@ def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
         raise ConfigError(f"{option} in {source} must be a text; got {value!r}; write it in quotes")
     if Path in kinds and value is not None:
         return Path(value)
-    return tuple(value) if name == "branches" and isinstance(value, list) else value
+    return value
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

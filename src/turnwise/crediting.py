@@ -56,6 +56,11 @@ def estimate(config: TrainConfig, table: TurnTable) -> Credit:
         raise InputError(f"the step's rewards must suit {config.estimator}: {error}") from error
 
 
+def has_signal(group: Sequence[Rollout], config: TrainConfig) -> bool:
+    """Whether a group's rollouts, compared with each other alone, get any credit."""
+    return bool(np.abs(estimate(config, rollout_table(group)).advantages).max() > 1e-9)
+
+
 def _discounts(config: TrainConfig) -> dict[str, float]:
     """Those that were given, for a method that takes them."""
     given = {"gamma": config.gamma, "lam": config.lam} if config.estimator in DISCOUNTED else {}

@@ -57,6 +57,8 @@ class Shows(Protocol):
 
     def show(self, record: Record) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 @contextlib.contextmanager
 def training_display(title: str, total: int, console: Console) -> Iterator[Shows]:
@@ -67,6 +69,7 @@ def training_display(title: str, total: int, console: Console) -> Iterator[Shows
     panel = PanelDisplay(title, total)
     with Live(panel.rendered(), console=console, auto_refresh=False) as live:
         panel.changed = lambda: live.update(panel.rendered(), refresh=True)
+        panel.said = lambda text: live.console.print(Text(one_line(text)))  # above the panel
         yield panel
 
 
@@ -83,6 +86,10 @@ class LineDisplay:
         for warning in record_warnings(record):
             self.console.print(Text(warning, style="yellow"), soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(Text(one_line(text)), soft_wrap=True)
+
 
 class PanelDisplay:
     """All that the live panel needs to know of a run so far."""
@@ -93,11 +100,16 @@ class PanelDisplay:
         self.train: list[Record] = []
         self.validation: list[Record] = []
         self.changed: Callable[[], None] = lambda: None
+        self.said: Callable[[str], None] = lambda text: None
 
     def show(self, record: Record) -> None:
         """Takes the record in and draws the panel anew."""
         (self.train if record["split"] == "train" else self.validation).append(record)
         self.changed()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the panel."""
+        self.said(text)
 
     def rendered(self) -> RenderableType:
         """The panel as it stands."""

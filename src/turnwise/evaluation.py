@@ -17,6 +17,7 @@ from turnwise import atlas, metrics
 from turnwise.chat import Chat
 from turnwise.config import ATLAS_HOPS, TrainConfig, config_from_dict, read_config_file, without_judge
 from turnwise.cores import in_parallel, parts_at_once
+from turnwise.devices import is_offered, placed
 from turnwise.dialogue import EndpointSpeaker, run_dialogues
 from turnwise.endpoint import Client, EndpointConfig, Reply
 from turnwise.engine import Engine, PolicyEngine
@@ -37,6 +38,7 @@ from turnwise.rewards import (
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
 from turnwise.setting import Setting, make_setting, make_tools, played_protocol
+from turnwise.sources import is_hub_name
 from turnwise.tasks import load_tasks
 from turnwise.types import Rollout, Task
 
@@ -441,14 +443,16 @@ def _check_names(**given: str | None) -> None:
 def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy, TrainConfig]:
     """A run's policy and configuration.
 
-    Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, and of "embedded", the
-    default one; of "embedded-search", that of an agent that searches several times. Raises InputError or RunError where
-    there is no such run or it has no such checkpoint.
+    Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, a model of the hub, and
+    "embedded", the default one; of "embedded-search", that of an agent that searches several times. Raises InputError
+    or RunError where there is no such run or it has no such checkpoint.
     """
     _check_names(checkpoint=checkpoint)
     folder = Path(run)
     if str(run) in EMBEDDED:
         return load_policy(run), _embedded_config(str(run))
+    if is_hub_name(run):
+        return load_policy(run), TrainConfig(policy=str(run))
     if not folder.is_dir():
         raise InputError(
             f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "
@@ -458,14 +462,16 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     if is_run(folder):
         best = checkpoint == "best" and (folder / "best").is_dir()
         source = folder / "best" if best else latest_checkpoint(folder)[0]
-        return load_policy(source), read_config(folder)
+        config = read_config(folder)
+        return place(load_policy(source), config), config
     if _is_begun(folder):
         raise RunError(
             f"{run} must be a run with metrics; it has a configuration but no metrics.jsonl, as its training stopped "
             f"before the first validation, or the file is lost; train it: turnwise train --resume --out {run}"
         )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
-    return load_policy(folder), read_config(above[0]) if above else TrainConfig(policy=str(folder))
+    config = read_config(above[0]) if above else TrainConfig(policy=str(folder))
+    return place(load_policy(folder), config), config
 
 
 def _embedded_config(name: str) -> TrainConfig:
@@ -566,6 +572,13 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
         context=policy.context,
         max_turns=config.max_turns,
     )
+
+
+def place(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy on the configuration's device and in its dtype; where there is no such device, on another."""
+    device = config.device if is_offered(config.device) else "auto"
+    placed(policy.model, device=device, dtype=config.dtype, recompute=config.gradient_checkpointing)
+    return policy
 
 
 def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:

@@ -3,8 +3,8 @@
     config.json                 the resolved configuration, before the first step
     metrics.jsonl               one line per step and split
     rollouts.jsonl              recorded rollouts with their credit
-    checkpoints/step-000020/    a policy that `transformers` loads, the optimiser, the critic and its optimiser where
-                                there is one, and state.json with checksums
+    checkpoints/step-000020/    a policy, or an adapter alone, that `transformers` loads, the optimiser, the critic and
+                                its optimiser where there is one, and state.json with checksums
     best/                       the policy of the best validation so far
     eval-NAME.json              evaluations
     report.html

@@ -15,6 +15,7 @@ from turnwise.judge import check_judge, judged
 from turnwise.protocols import NATIVE, ProtocolName, native_protocol, protocol_named
 from turnwise.rewards import BUILT_IN, JUDGED, RewardFunction, load_rewards, score
 from turnwise.search import load_corpus, open_index, search_tool
+from turnwise.sources import is_hub_name, policy_folder
 from turnwise.tasks import check_answers_in_corpus, load_tasks
 from turnwise.templates import read_template
 from turnwise.toolbox.sources import named_tools
@@ -91,7 +92,8 @@ def played_protocol(config: TrainConfig) -> ProtocolName:
     """
     if config.protocol != NATIVE:
         return config.protocol
-    folder = Path(config.start)
+    start = config.start
+    folder = policy_folder(start, names="embedded")[0] if is_hub_name(start) else Path(start)
     template = read_template(folder) if folder.is_dir() else None
     return cast(ProtocolName, native_protocol(template, config.start))
 
