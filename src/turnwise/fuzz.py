@@ -238,7 +238,7 @@ def _llama3_reference(text: str) -> list[ToolCall]:
 
 def _coder_reference(text: str) -> list[ToolCall]:
     said = _after_thoughts(text)
-    parameter = r"<parameter=[^<>\n]+>(?:(?!</?parameter|</?function).)*</parameter>"
+    parameter = r"<parameter=[^<>\n]+>(?:(?!</?parameter|</?function|</tool_call).)*</parameter>"
     call = rf"<tool_call>\s*<function=([^<>\n]+)>((?:\s*{parameter})*)"
     whole = rf"(?:\s*{call}\s*</function>\s*</tool_call>)+\s*"
     if len(said) > 3000 or not re.fullmatch(whole, said, re.S):
