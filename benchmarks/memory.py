@@ -53,24 +53,38 @@ class NoChat:
     pad_id = 0
 
 
-def growth(work: Callable[[], object]) -> float:
-    """MiB by which a process of its own grows at most while it does the work."""
+def apart(work: Callable[[], float]) -> float:
+    """What the work returns, done in a process of its own, which leaves nothing in this one's memory."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
 
-    def measured(pipe: Connection) -> None:
+    def done(pipe: Connection) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        with open("/proc/self/statm") as file:
-            before = int(file.read().split()[1]) * resource.getpagesize()
-        work()
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        pipe.send(work())
 
-    process = context.Process(target=measured, args=(there,))
+    process = context.Process(target=done, args=(there,))
     process.start()
     there.close()
     found = here.recv()
     process.join()
-    return found / MIB
+    return found
+
+
+def growth(work: Callable[[], object]) -> float:
+    """MiB by which a process of its own grows at most while it does the work."""
+
+    def measured() -> float:
+        with open("/proc/self/statm") as file:
+            before = int(file.read().split()[1]) * resource.getpagesize()
+        work()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / MIB
+
+    return apart(measured)
+
+
+def estimate(name: str) -> float:
+    """MiB that were estimated for a step."""
+    return memory_estimate(model(name == "last layer learns"), options(name), LENGTHS).total / MIB
 
 
 def logits(tokens: int, vocabulary: int, width: int, *, pieces: bool) -> None:
@@ -178,7 +192,7 @@ def main() -> None:
         print(f"  plain / in pieces   {found['plain'] / found['in pieces']:8.2f}")
     print(f"{'step':20}{'measured MiB':>14}{'estimated':>11}{'error':>8}")
     for name in args.only:
-        estimated = memory_estimate(model(name == "last layer learns"), options(name), LENGTHS).total / MIB
+        estimated = apart(lambda name=name: estimate(name))
         measured = growth(lambda name=name: step(name))
         print(f"{name:20}{measured:14.0f}{estimated:11.0f}{estimated / measured - 1:+8.1%}", flush=True)
 

@@ -20,26 +20,40 @@ def computed(weight: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -
     return found.detach(), entropy.detach(), *torch.autograd.grad(loss, (weight, states))
 
 
+def plain(weight: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same by torch's own softmax, all logits at once, in float64."""
+    weight, states = weight.double().requires_grad_(), states.double().requires_grad_()
+    logprobs = (states @ weight.T / 0.7).log_softmax(-1)
+    found, entropy = logprobs[torch.arange(len(tokens)), tokens], -(logprobs.exp() * logprobs).sum(-1)
+    loss = (found * torch.linspace(-1, 2, len(tokens))).sum() + 0.3 * (entropy**2).sum()
+    return found.detach(), entropy.detach(), *torch.autograd.grad(loss, (weight, states))
+
+
 def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     return torch.randn(50, 8), torch.randn(23, 8), torch.randint(0, 50, (23,))
 
 
-@pytest.mark.parametrize("piece", [1, 50, 350, 22 * 50])
-def test_pieces_give_the_values_and_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch, piece: int):
-    # 50 tokens in the vocabulary: pieces of 1, 1, 7 and 22 of the 23 tokens
-    whole = computed(*drawn())
+@pytest.mark.parametrize("piece", [1, 50, 350, 22 * 50, 2**25])
+def test_pieces_give_the_values_and_gradients_of_the_plain_way(monkeypatch: pytest.MonkeyPatch, piece: int):
+    # 50 tokens in the vocabulary: pieces of 1, 1, 7 and 22 of the 23 tokens, and one piece
     monkeypatch.setattr(logits, "PIECE", piece)
-    for found, expected in zip(computed(*drawn()), whole, strict=True):
+    for found, expected in zip(computed(*drawn()), plain(*drawn()), strict=True):
         assert (found - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_values_are_those_of_a_softmax():
+@pytest.mark.parametrize("piece", [50, 2**25])
+def test_the_slope_of_log_probabilities_alone_is_that_of_the_plain_way(monkeypatch: pytest.MonkeyPatch, piece: int):
+    monkeypatch.setattr(logits, "PIECE", piece)
     weight, states, tokens = drawn()
-    found, entropy, *_ = computed(weight, states, tokens)
-    p = (states.double() @ weight.double().T / 0.7).softmax(-1)
-    assert_close(found.double(), p[torch.arange(23), tokens].log(), atol=1e-5, rtol=0)
-    assert_close(entropy.double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
+    slopes, head = [], torch.nn.functional.linear
+    for exact in (states.clone().requires_grad_(), states.double().requires_grad_()):
+        if exact.dtype == torch.float32:
+            found, _ = logprobs_of(lambda x: head(x, weight), exact, tokens, temperature=1.0, vocabulary=50)
+        else:
+            found = head(exact, weight.double()).log_softmax(-1)[torch.arange(23), tokens]
+        slopes.append(torch.autograd.grad(found.sum(), exact)[0])
+    assert (slopes[0] - slopes[1]).norm() <= 1e-6 * slopes[1].norm()
 
 
 def test_logits_in_bfloat16_have_log_probabilities_in_float32():

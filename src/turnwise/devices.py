@@ -66,7 +66,7 @@ def placed(
 
 
 def weight_dtypes(model: PreTrainedModel, dtype: Dtype) -> list[tuple[torch.nn.Parameter, torch.dtype]]:
-    """What each weight is kept in. Adapters, which learn alone, stay in float32: small, they cast their inputs."""
+    """What each weight is kept in. Adapters, which learn alone, stay in float32: they are small and cast inputs."""
     weights = list(model.parameters())
     whole = all(p.requires_grad for p in weights)
     small = dtype == "bfloat16"
