@@ -32,7 +32,7 @@ from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
 from turnwise.setting import Setting, make_setting, make_tools
 from turnwise.tasks import load_tasks
-from turnwise.types import Rollout, Task
+from turnwise.types import Rollout, Task, ToolResult
 
 Mode = Literal["greedy", "sampled"]
 
@@ -44,31 +44,46 @@ RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
 
-def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tools") -> dict[str, float]:
+def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName | None = "tools") -> dict[str, float]:
     """What is reported of one rollout, by name; `docs/run-format.md` says what each is.
 
     A metric that a rollout cannot have is absent: `well_called` without calls; the four about searches where
     the task names no gold articles (its metadata's `articles`) or a tool does not say what it returned; the
-    format measures of the other protocol.
+    format measures of the other protocol, and with those of tools those of both where `protocol` is None; what
+    compares with answers where the task has none; what an environment pays and says where it does not.
     """
     results = [result for turn in rollout.turns for result in turn.results if not result.error]
-    answer = rollout.answer
-    said = answer if answer is not None else ""
-    golds = list(task.answers)
     return {
-        "tool_execution": float(bool(results)),
+        **({"tool_execution": float(bool(results))} if protocol else {}),
+        **(_answer_metrics(task, rollout, results) if task.answers else {}),
+        **(_format_metrics(rollout, protocol) if protocol else {}),
+        **_environment_metrics(rollout),
+        "terminated": float(rollout.terminated),
+        "turns": float(len(rollout.turns)),
+        "tokens": float(sum(len(turn.action_ids) for turn in rollout.turns)),
+        **_call_metrics(task, rollout),
+    }
+
+
+def _answer_metrics(task: Task, rollout: Rollout, results: Sequence[ToolResult]) -> dict[str, float]:
+    """How answer and results compare with the task's answers."""
+    answer, golds = rollout.answer, list(task.answers)
+    said = answer if answer is not None else ""
+    return {
         "answer_in_results": max((metrics.answer_presence(r.text, golds) for r in results), default=0.0),
         "exact_match": 0.0 if answer is None else metrics.exact_match(said, golds),
         "exact_match_paper": 0.0 if answer is None else metrics.exact_match(said, golds, "paper"),
         "f1": 0.0 if answer is None else metrics.f1(said, golds),
         "answer_presence": answer_presence(task, rollout),
         "answered": float(answer is not None),
-        **_format_metrics(rollout, protocol),
-        "terminated": float(rollout.terminated),
-        "turns": float(len(rollout.turns)),
-        "tokens": float(sum(len(turn.action_ids) for turn in rollout.turns)),
-        **_call_metrics(task, rollout),
     }
+
+
+def _environment_metrics(rollout: Rollout) -> dict[str, float]:
+    """The sum of what the environment paid as `environment`, unweighted, and whether it says that the task is solved."""
+    paid = [turn.rewards["environment"] for turn in rollout.turns if "environment" in turn.rewards]
+    solved = {} if rollout.success is None else {"success": float(rollout.success)}
+    return {**({"environment_return": sum(paid)} if paid else {}), **solved}
 
 
 def _format_metrics(rollout: Rollout, protocol: ProtocolName) -> dict[str, float]:
@@ -107,7 +122,7 @@ def _call_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
     }
 
 
-def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools") -> dict[str, float]:
+def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName | None = "tools") -> dict[str, float]:
     """Each metric's mean over the rollouts that have it; those that an environment's failure ended are left out."""
     rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs if rollout.stop != "error"]
     return {name: float(np.mean(values)) for name, values in _columns(rows).items()}
@@ -140,8 +155,8 @@ class Evaluation:
     records: Sequence[tuple[Task, Rollout]]
     judge: Mapping[str, float] = field(default_factory=dict)
     """Cost and disagreement of the judge (see `judge_metrics`); empty without one."""
-    protocol: ProtocolName = "tools"
-    """The tags in which the questions were played."""
+    protocol: ProtocolName | None = "tools"
+    """The tags in which the questions were played; None in an environment that has none."""
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -198,7 +213,7 @@ def play(
 
 
 def summarised(
-    name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools"
+    name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName | None = "tools"
 ) -> Evaluation:
     """The evaluation of played questions."""
     counted = [(task, rollout) for task, rollout in pairs if rollout.stop != "error"]
@@ -214,7 +229,7 @@ def summarised(
     )
 
 
-def _estimates(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName) -> dict[str, Estimate]:
+def _estimates(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName | None) -> dict[str, Estimate]:
     rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs]
     return {name: bootstrap(values) for name, values in _columns(rows).items()}
 

@@ -235,7 +235,8 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
                 f"{place} must be a rollout that a run recorded; its {where} has no field {lost[0]!r}; repair it"
             )
     try:
-        seen = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
+        replies = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
+        seen = rollout.get("states") or [tuple(ids) for ids in replies]  # equal observations are taken for equal states
         nodes = rollout.get("nodes") or [None] * len(seen)
         values = record.get("baselines", {}).get("value") or [None] * len(seen)
         return Trace(
@@ -246,7 +247,7 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
                     rewards=_rewards(rewards, place),
                     text=turn["text"],
                     tokens=len(turn["action_ids"]),
-                    anchor=tuple(observed),  # equal observations are taken for equal states
+                    anchor=observed,
                     node=node,
                     value=None if value is None else _number(value, place, "value"),
                     token_values=token_values,
