@@ -283,7 +283,8 @@ def _train(config: Any, *, resume: bool, given: Sequence[str]) -> int:
         print(f"The run is in {result.out}. What next:")
         print(f"  turnwise report {result.out}")
         print(f"  turnwise eval {result.out}")
-        print(f'  turnwise ask {result.out} "What is the capital of Kenya?"')
+        asked = '"What is the capital of Kenya?"' if config.environment is None else "3"
+        print(f"  turnwise ask {result.out} {asked}")
         return 0
     print(f"Stopped after step {result.steps} of {total}; nothing is lost. To go on:")
     print(f"  turnwise train --resume --out {result.out}")
@@ -427,6 +428,8 @@ def evaluate(
     seed: int = 0,
     name: str | None = None,
     judge: bool = True,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> None:
     """Measure a run's policy on questions, with confidence intervals.
 
@@ -440,6 +443,8 @@ def evaluate(
         seed: Decides the draws of --mode sampled.
         name: What to call the result in the run directory; by default the split's or file's name.
         judge: Leave the run's judge in peace, if it has one.
+        environment: Play in this environment instead of the run's, on its tasks (see docs/environments.md).
+        max_turns: Most turns of a rollout, instead of the run's.
     """
     from turnwise.evaluation import evaluate as evaluated
     from turnwise.evaluation import is_run, write_evaluation
@@ -456,6 +461,8 @@ def evaluate(
         seed=seed,
         name=name,
         judge=judge,
+        environment=environment,
+        max_turns=max_turns,
     )
     _print_evaluation(run, evaluation)
     if is_run(Path(run)):
@@ -488,16 +495,20 @@ def ask(
     mode: Literal["greedy", "sampled"] = "greedy",
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> None:
     """Ask a run's policy a question and watch it work, turn by turn.
 
     Args:
         run: A run directory, a checkpoint folder, or "embedded".
-        question: The question.
+        question: The question; in an environment of seeds the seed, in one of games the game's name.
         corpus: What to search instead of the run's corpus: "atlas", a JSON-lines file, or a folder.
         mode: Take the most probable tokens, or draw them as in training.
         checkpoint: The run's best by validation, or its last.
         seed: Decides the draws of --mode sampled.
+        environment: Play in this environment instead of the run's (see docs/environments.md).
+        max_turns: Most turns, instead of the run's.
     """
     import asyncio
 
@@ -505,31 +516,37 @@ def ask(
 
     from turnwise.display import Watched, turn_panel
     from turnwise.env import Step, ToolEnvironment
-    from turnwise.evaluation import make_engine, rollout_limits, run_policy
+    from turnwise.evaluation import elsewhere, make_engine, rollout_limits, run_policy
     from turnwise.report.text import visible
     from turnwise.rollout import run_rollout
-    from turnwise.setting import make_tools
+    from turnwise.setting import environment_source, make_tools
     from turnwise.types import Task
 
     if not question.strip():
         raise InputError("the question must not be blank; got none; ask something")
     console, turns = _console(), 0
     policy, config = run_policy(run, checkpoint)
+    config = elsewhere(config, environment, max_turns)
     if corpus:
         config = dataclasses.replace(config, corpus=corpus, tools=None)
+    source = environment_source(config)
 
     def watch(text: str, step: Step) -> None:
         nonlocal turns
         turns += 1
         console.print(turn_panel(turns, text, step))
 
-    task = Task(id="question", question=question, answers=())
-    tools = make_tools(config, ())
-    environment = ToolEnvironment(task, tools, max_turns=config.max_turns, protocol=config.protocol)
+    if source:
+        task = source.task_of(question)
+        playing = source.environment(task, config.max_turns)
+    else:
+        task = Task(id="question", question=question)
+        tools = make_tools(config, ())
+        playing = ToolEnvironment(task, tools, max_turns=config.max_turns, protocol=config.protocol)
     rollout = asyncio.run(
         run_rollout(
             task,
-            Watched(environment, watch),
+            Watched(playing, watch),
             make_engine(policy),
             policy.chat,
             limits=rollout_limits(config, policy),
@@ -541,7 +558,7 @@ def ask(
         cut = rollout.turns[-1].text if len(rollout.turns) > turns else ""
         console.print(Text(visible(f"{cut}\n(cut off: no room for more tokens)").lstrip()))
     if rollout.error:
-        raise InputError(f"the tools must not fail; got {rollout.error}; correct them")
+        raise InputError(f"the {'environment' if source else 'tools'} must not fail; got {rollout.error}; correct it")
 
 
 def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:

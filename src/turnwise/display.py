@@ -7,7 +7,7 @@ character of theirs reaches the terminal.
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from turnwise.env import Environment, Step
+from turnwise.env import Environment, Step, closed
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
 
@@ -242,7 +242,17 @@ SEARCHED = {
     "turns": "turns",
 }
 """The same where protocol `search` was played; a column that no question has is left out."""
-COUNTED = ("searches", "redundant_searches", "turns")
+ELSEWHERE = {
+    "success": "success",
+    "environment_return": "return",
+    "exact_match": "exact\nmatch",
+    "well_called": "actions\ntaken",
+    "terminated": "terminated",
+    "turns": "turns",
+    "tokens": "tokens",
+}
+"""The same in an environment from elsewhere."""
+COUNTED = ("searches", "redundant_searches", "turns", "environment_return", "tokens")
 """The columns that are no shares."""
 
 
@@ -252,7 +262,7 @@ def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("questions", justify="right")
     means = evaluation["metrics"]
-    titles = SEARCHED if "final_format" in means else EVALUATED
+    titles = SEARCHED if "final_format" in means else EVALUATED if "tool_execution" in means else ELSEWHERE
     columns = [name for name in titles if name in means]
     for name in columns:
         table.add_column(titles[name], justify="right")
@@ -281,7 +291,7 @@ class Watched:
         self._environment = environment
         self._watch = watch
 
-    def start(self) -> tuple[Message, ...]:
+    def start(self) -> tuple[Message, ...] | Awaitable[tuple[Message, ...]]:
         """The environment's first messages."""
         return self._environment.start()
 
@@ -290,6 +300,10 @@ class Watched:
         step = await self._environment.step(text)
         self._watch(text, step)
         return step
+
+    async def close(self) -> None:
+        """Closes the environment."""
+        await closed(self._environment)
 
 
 def turn_panel(number: int, text: str, step: Step) -> Table:
@@ -306,7 +320,11 @@ def turn_panel(number: int, text: str, step: Step) -> Table:
     rows += [("error", result.text, "red") if result.error else ("result", result.text, "") for result in step.results]
     if action.answer is not None:
         rows.append(("answer", action.answer, "bold green"))
-    if step.stop == "max_turns":
+    if step.rewards:
+        rows.append(("rewards", ", ".join(f"{name} {value:g}" for name, value in step.rewards.items()), "cyan"))
+    if step.success is not None:
+        rows.append(("success", "yes" if step.success else "no", "bold green" if step.success else "red"))
+    if step.stop == "max_turns" and not step.results:
         rows.append(("stop", "the last turn must answer; its calls were not executed", "red"))
     table = Table.grid(padding=(0, 2))
     for i, (name, content, style) in enumerate(rows):

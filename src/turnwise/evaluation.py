@@ -12,10 +12,11 @@ import torch
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
-from turnwise.config import ATLAS_HOPS, TrainConfig, without_judge
+from turnwise.config import ATLAS, ATLAS_HOPS, TOOL_OPTIONS, TrainConfig, without_judge
 from turnwise.cores import in_parallel, parts_at_once
 from turnwise.engine import Engine
 from turnwise.engines.hf import HFEngine
+from turnwise.env import closed, started
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
@@ -30,9 +31,9 @@ from turnwise.rewards import (
 )
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
-from turnwise.setting import Setting, make_setting, make_tools
+from turnwise.setting import Setting, environment_source, environment_tasks, make_setting, make_tools
 from turnwise.tasks import load_tasks
-from turnwise.types import Rollout, Task, ToolResult
+from turnwise.types import Message, Rollout, Task, ToolResult
 
 Mode = Literal["greedy", "sampled"]
 
@@ -266,18 +267,23 @@ def evaluate(
     seed: int = 0,
     name: str | None = None,
     judge: bool = True,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> Evaluation:
     """How well a policy answers questions: each one once, with bootstrap intervals.
 
     `run` is a run directory, a checkpoint folder, "embedded" or "embedded-search"; it plays with its run's tools and
     rewards. `tasks` are questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which
     `split` chooses (by default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced.
-    A run's judge is asked too, unless `judge` is False. Raises RunError where every rollout failed.
+    A run's judge is asked too, unless `judge` is False. With `environment` it plays there instead, see
+    `docs/environments.md`, on that environment's tasks, and for `max_turns` turns where that is given. Raises RunError
+    where every rollout failed.
     """
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
     policy, config = run_policy(run, checkpoint)
     if not judge:
         config = without_judge(config)
+    config = elsewhere(config, environment, max_turns)
     if config.judge:
         check_judge(config.judge, "leave it out with --no-judge (in Python judge=False)")
     chosen, called = _chosen_tasks(config, tasks, split)
@@ -288,9 +294,10 @@ def evaluate(
     check_prompts(setting, policy, limits)
     engines = make_engines(policy, config)
     pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, mode=mode, seed=(seed,))
-    evaluation = summarised(name or called, mode, pairs, config.protocol)
+    evaluation = summarised(name or called, mode, pairs, config.tag_protocol)
     if not evaluation.metrics:
-        raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
+        mended = "environment" if config.environment else "tools"
+        raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the {mended}")
     return evaluation
 
 
@@ -331,6 +338,18 @@ def rollouts(
         [setting.scored(task, rollout) for rollout in group]
         for task, group in zip(setting.validation, groups, strict=True)
     ]
+
+
+def elsewhere(config: TrainConfig, environment: str | None, max_turns: int | None) -> TrainConfig:
+    """The configuration in another environment, which pays what it pays by default, and with other `max_turns`."""
+    if max_turns is not None:
+        config = dataclasses.replace(config, max_turns=max_turns, branches=())
+    if environment is None:
+        return config
+    given = {name: getattr(TrainConfig, name) for name in (*TOOL_OPTIONS, "tasks", "validation_tasks", "rewards")}
+    return dataclasses.replace(
+        without_judge(config), **given, reward_weights=None, branches=(), environment=environment
+    )
 
 
 def _check_names(**given: str | None) -> None:
@@ -408,6 +427,10 @@ def _chosen_tasks(
     config: TrainConfig, tasks: str | Path | Sequence[Task] | None, split: atlas.Split | None
 ) -> tuple[Sequence[Task], str]:
     """The questions to play, and what they are called."""
+    source = environment_source(config)
+    if source and (tasks is None or isinstance(tasks, str)) and (tasks or config.tasks) == ATLAS:
+        split = split or "test"
+        return environment_tasks(source, ATLAS, split), split
     if tasks is None and config.tasks not in ATLAS_HOPS:
         setting = make_setting(without_judge(config))
         if split == "test":
@@ -426,17 +449,19 @@ def _chosen_tasks(
         return atlas.tasks(split, hops=hops), split if hops == 1 else f"two-hop-{split}"
     if split:
         raise ConfigError(f"split must be left out where tasks are a file, all of which is played; got {split!r}")
-    return load_tasks(tasks), Path(tasks).name.split(".jsonl")[0]
+    return load_tasks(tasks, answered=source is None), Path(tasks).name.split(".jsonl")[0]
 
 
 def _setting(config: TrainConfig, tasks: Sequence[Task]) -> Setting:
     """A configuration's tools and rewards with other questions."""
+    source = environment_source(config)
     return Setting(
         config=config,
         train=(),
         validation=tasks,
-        tools=make_tools(config, tasks if any(task.answers for task in tasks) else ()),
+        tools={} if source else make_tools(config, tasks if any(task.answers for task in tasks) else ()),
         rewards=load_rewards(config.rewards) if config.rewards else {},
+        source=source,
     )
 
 
@@ -457,9 +482,10 @@ def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
 def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[HFEngine]:
     """As many engines as play at the same time: one per thread for a small policy, with `max_rows` in all.
 
-    A user's tools are called from one thread alone, so with them there is one engine.
+    A user's tools and environments from elsewhere are called from one thread alone, so with them there is one engine.
     """
-    count = 1 if config.tools else parts_at_once(policy.model, config.threads or torch.get_num_threads())
+    own = config.tools or config.environment
+    count = 1 if own else parts_at_once(policy.model, config.threads or torch.get_num_threads())
     return [make_engine(policy, max_rows=-(-max_rows // count)) for _ in range(count)]
 
 
@@ -471,12 +497,17 @@ def spread(tasks: Sequence[Task], count: int) -> list[Task]:
 
 
 def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
-    """Raises ConfigError where prompt and turns together cannot fit the policy's context."""
+    """Raises ConfigError where prompt and turns together cannot fit the policy's context.
+
+    Of an environment from elsewhere the first tasks are looked at alone, since starting it may take long. Raises
+    InputError where it does not start.
+    """
     turns, chat = limits.max_turns, policy.chat
     replies = (turns - 1) * chat.empty_reply_length
     reserved = turns * limits.max_turn_tokens + replies
-    for task in (*setting.train, *setting.validation):
-        messages = setting.environment(task).start()
+    tasks = (*setting.train, *setting.validation)
+    for task in (*setting.train[:1], *setting.validation[:1]) if setting.source else tasks:
+        messages = awaited(_opening(setting, task))
         if sum(len(m.content.encode()) for m in messages) + len(messages) * FRAME + reserved <= limits.context:
             continue  # no text has more tokens than bytes
         length = len(chat.prompt_ids(messages))
@@ -487,3 +518,19 @@ def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
                 f"{length} + {turns} x {limits.max_turn_tokens} + {replies} = {needed}; shorten the question, or "
                 "lower max-turn-tokens or max-turns"
             )
+
+
+async def _opening(setting: Setting, task: Task) -> tuple[Message, ...]:
+    """The first messages of a task."""
+    environment = setting.environment(task)
+    try:
+        return await started(environment)
+    except Exception as error:
+        if setting.source is None:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"the environment {setting.source.name} must start; got {text} for task {task.id!r}; mend it, or the task"
+        ) from error
+    finally:
+        await closed(environment)

@@ -298,9 +298,7 @@ def _finite(rewards: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _turn(
-    completion: Completion, text: str, step: Step, reply: Sequence[int], rewards: Mapping[str, float]
-) -> Turn:
+def _turn(completion: Completion, text: str, step: Step, reply: Sequence[int], rewards: Mapping[str, float]) -> Turn:
     return Turn(
         action_ids=completion.token_ids,
         sampling_logprobs=completion.logprobs,

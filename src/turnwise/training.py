@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,10 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     return dataclasses.replace(saved, **{name: asked[name] for name in RESUMABLE if name in asked})
 
 
+JUDGED_BY = ("exact_match", "success", "environment_return")
+"""By which metric of a validation the best checkpoint is chosen: the first that there is."""
+
+
 class _Run:
     """The state of a run in progress."""
 
@@ -146,7 +151,7 @@ class _Run:
         self.reference = load_policy(config.start) if config.kl_coef > 0 else None
         self.step = 0
         self.saved_step = 0
-        self.best = -1.0
+        self.best = -sys.float_info.max
         self.validation: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
@@ -272,7 +277,7 @@ class _Run:
         by_id = {task.id: task for task in tasks}
         pairs = [(by_id[r.task_id], r) for r in rollouts]
         metrics = {
-            **mean_metrics(pairs, config.protocol),
+            **mean_metrics(pairs, config.tag_protocol),
             **judge_metrics(pairs),
             **_reward_means(kept),
             **_credit_metrics(credited),
@@ -291,10 +296,11 @@ class _Run:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
-        self.validation = {**mean_metrics(pairs, self.config.protocol), **judge_metrics(pairs)}
+        self.validation = {**mean_metrics(pairs, self.config.tag_protocol), **judge_metrics(pairs)}
         self._log(self.validation, display, split="validation")
-        if self.validation.get("exact_match", -1.0) > self.best:
-            self.best = self.validation["exact_match"]
+        found = next((self.validation[name] for name in JUDGED_BY if name in self.validation), None)
+        if found is not None and found > self.best:
+            self.best = found
             save_best(self.config.out, self.policy)
 
     def _log(
