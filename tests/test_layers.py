@@ -25,6 +25,7 @@ LAYERS = [
     "search_tags",
     "protocols",
     "env",
+    "envs",
     "chat",
     "engine",
     "engines",

@@ -29,12 +29,14 @@ RATES = {
     "tool_execution": "tool execution",
     "answer_in_results": "answer in results",
     "exact_match": "exact match",
+    "success": "success",
     "dead_groups": "dead groups",
     "clip_fraction": "clip fraction",
     "judge/disagreement": "judge disagrees",
 }
 """Metrics that are shares of one, as the display calls them."""
 NUMBERS = {
+    "environment_return": "environment's return",
     "return": "return",
     "explained_variance": "explained variance",
     "entropy": "entropy",
@@ -45,7 +47,7 @@ NUMBERS = {
 """The other metrics of the display."""
 SHOWN_WARNINGS = 3
 """The panel keeps the last so many warnings in view."""
-TRENDS = ("tool_execution", "exact_match")
+TRENDS = ("tool_execution", "exact_match", "success")
 """Metrics that are drawn over time."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 PACE_STEPS = 10
@@ -180,7 +182,8 @@ def _trends(train: Sequence[Record]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name in TRENDS:
         values = [r["metrics"][name] for r in train if name in r["metrics"]]
-        table.add_row(Text(RATES[name]), Text(sparkline(values, width=48), style="green"))
+        if values:
+            table.add_row(Text(RATES[name]), Text(sparkline(values, width=48), style="green"))
     return table
 
 

@@ -81,7 +81,7 @@ def _answer_metrics(task: Task, rollout: Rollout, results: Sequence[ToolResult])
 
 
 def _environment_metrics(rollout: Rollout) -> dict[str, float]:
-    """The sum of what the environment paid as `environment`, unweighted, and whether it says that the task is solved."""
+    """The unweighted sum of what the environment paid as `environment`, and whether it says that the task is solved."""
     paid = [turn.rewards["environment"] for turn in rollout.turns if "environment" in turn.rewards]
     solved = {} if rollout.success is None else {"success": float(rollout.success)}
     return {**({"environment_return": sum(paid)} if paid else {}), **solved}

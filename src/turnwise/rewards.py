@@ -82,9 +82,9 @@ def score(
     has none. A built-in component that `weights` does not name is left out; without `weights` they are
     the protocol's default ones, or the environment's rewards alone where `protocol` is None, which has
     no tags to look for. `definition` is that of exact match. An environment's rewards of the last step
-    belong to the outcome, except where a token budget cut the rollout off. A rollout that stopped with `error` gets no rewards, since what
-    it would have earned is unknown; one that was cut off is scored as it stands. Raises ConfigError for
-    an unknown component.
+    belong to the outcome, except where a token budget cut the rollout off. A rollout that stopped with
+    `error` gets no rewards, since what it would have earned is unknown; one that was cut off is scored as
+    it stands. Raises ConfigError for an unknown component.
     """
     functions = functions or {}
     judgement = rollout.judgement

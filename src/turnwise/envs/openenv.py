@@ -42,12 +42,10 @@ class OpenEnvEnvironment:
     def __init__(
         self, url: str, task: Task, *, field: str | None, instructions: str = "", timeout_s: float = TIMEOUT_S
     ) -> None:
-        from openenv.core import GenericEnvClient
-
         self._task = task
         self._field = field
         self._instructions = instructions
-        self._client = GenericEnvClient(base_url=url, connect_timeout_s=timeout_s, message_timeout_s=timeout_s)
+        self._client = _session(url, timeout_s)
 
     async def start(self) -> tuple[Message, ...]:
         """Connects and resets; the rules as system message, the first observation as user message."""
@@ -86,6 +84,23 @@ class OpenEnvEnvironment:
     async def close(self) -> None:
         """Ends the session."""
         await self._client.close()
+
+
+def _session(url: str, timeout_s: float) -> Any:
+    """A client that connects once: the package's own would go on in a new session, which has not been reset."""
+    from openenv.core import GenericEnvClient
+
+    class Session(GenericEnvClient):
+        began = False
+
+        async def _connect_async(self) -> Any:
+            lost = self.began and (self._ws is None or self._ws.state.name != "OPEN")
+            if lost:
+                raise ConnectionError("the connection was lost, and with it the session")
+            self.began = True
+            return await super()._connect_async()
+
+    return Session(base_url=url, connect_timeout_s=timeout_s, message_timeout_s=timeout_s)
 
 
 def observation_text(observation: Mapping[str, Any]) -> str:

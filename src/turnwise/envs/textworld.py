@@ -92,15 +92,15 @@ class TextWorldEnvironment:
         return f"{shown}\n\nCommands: {'; '.join(self._state.admissible_commands)}."
 
 
-def make_game(seed: int, *, rooms: int, objects: int, quest: int, quests: int = 1, folder: Path | None = None) -> Path:
-    """The compiled game of a seed, from the cache folder where it has been made before.
+def make_game(seed: int, *, rooms: int = 3, objects: int = 4, quest: int = 3, quests: int = 1) -> Path:
+    """The compiled game of a seed, from the user's cache folder where it has been made before.
 
     `quest` is how many commands each of `quests` quests takes; each is worth a point. Raises InputError where there is
     no such game.
     """
     import textworld
 
-    folder = Path(folder or default_cache() / "textworld")
+    folder = default_cache() / "textworld"
     name = f"{textworld.__version__}-{rooms}-{objects}-{quest}-{quests}-{seed}"
     made = folder / f"{name}.z8"
     if made.is_file() and made.with_suffix(".json").is_file():
