@@ -60,8 +60,6 @@ ENVIRONMENT_WEIGHTS: Mapping[str, float] = {"environment": 1.0}
 """What the rollouts of an environment from elsewhere are paid unless the configuration says otherwise."""
 OF_RECORDS = ("tool_execution", "answer_in_results", "answer_presence", "exact_match")
 """The built-in components that need no tag protocol."""
-_OF_ANSWERS = ("answer_in_results", "answer_presence", "exact_match", "retrieval", "correct", "wrong")
-"""The components that compare with a task's answers; absent where it has none."""
 _TURN_PREFIX, _OUTCOME_PREFIX = "turn_", "outcome_"
 
 
@@ -131,23 +129,17 @@ def _built_in_values(
     task: Task, rollout: Rollout, definition: metrics.Definition, protocol: ProtocolName | None
 ) -> tuple[dict[str, Sequence[float | None]], dict[str, float | None]]:
     """The built-in components' values by turn and of the outcome, those that the task and the protocol allow."""
-    by_turn: dict[str, Sequence[float | None]] = {
-        "tool_execution": [tool_execution(turn) for turn in rollout.turns],
-        "answer_in_results": [answer_in_results(turn, task.answers) for turn in rollout.turns],
-    }
-    outcome: dict[str, float | None] = {
-        "answer_presence": answer_presence(task, rollout),
-        "exact_match": exact_match(task, rollout, definition),
-    }
+    by_turn: dict[str, Sequence[float | None]] = {"tool_execution": [tool_execution(turn) for turn in rollout.turns]}
+    outcome: dict[str, float | None] = {}
+    if task.answers:
+        by_turn["answer_in_results"] = [answer_in_results(turn, task.answers) for turn in rollout.turns]
+        outcome["answer_presence"] = answer_presence(task, rollout)
+        outcome["exact_match"] = exact_match(task, rollout, definition)
     if protocol:
         form = protocol_named(protocol)
         by_turn |= _search_turn_values(task, rollout, form)
         outcome |= {"xml_format": xml_format(rollout, form), "tag_usage": tag_usage(rollout, form)}
         outcome |= _search_outcome_values(task, rollout, form, definition)
-    if not task.answers:
-        for name in _OF_ANSWERS:
-            by_turn.pop(name, None)
-            outcome.pop(name, None)
     return by_turn, outcome
 
 
@@ -260,8 +252,9 @@ def _search_turn_values(task: Task, rollout: Rollout, protocol: TagProtocol) -> 
     """
     before = rollout.turns[:-1]
     formed = [has_turn_format(turn, protocol) for turn in before]
+    found = {"retrieval": [answer_in_results(turn, task.answers) or 0.0 for turn in before]} if task.answers else {}
     columns = {
-        "retrieval": [answer_in_results(turn, task.answers) or 0.0 for turn in before],
+        **found,
         "turn_format": [float(good) for good in formed],
         "turn_format_broken": [float(not good) for good in formed],
         "search_penalty": list(itertools.accumulate(float(max(turn.action.num_calls, 1)) for turn in before)),
@@ -274,6 +267,8 @@ def _search_outcome_values(
 ) -> dict[str, float]:
     """Of `correct`, `wrong` and `invalid` one is 1: by the final format first, and then by exact match."""
     valid = has_final_format(rollout, protocol)
+    if not task.answers:
+        return {"invalid": float(not valid)}
     right = exact_match(task, rollout, definition)
     return {"correct": valid * right, "wrong": valid * (1.0 - right), "invalid": float(not valid)}
 
