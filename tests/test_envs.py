@@ -193,7 +193,9 @@ def test_metrics_of_an_environment_are_its_return_and_its_flag():
 
 def test_every_method_without_a_critic_credits_the_same_rollouts():
     ways = (["right"] * 3, ["left", "right", "right", "right"], ["wait", "right", "left", "right"])
-    group = [score(TASK, played(*way, environment=TurnLimit(Corridor(TASK), 4)), protocol=None) for way in ways]
+    weights = {"environment": 1.0, "success": 1.0}
+    rollouts = [played(*way, environment=TurnLimit(Corridor(TASK), 4)) for way in ways]
+    group = [score(TASK, rollout, weights, protocol=None) for rollout in rollouts]
     for estimator in ("grpo-or", "grpo-mr", "mt-grpo", "turn-rloo", "gigpo", "hgpo"):
         found = credit_rollouts(group, TrainConfig(estimator=estimator, environment="gym:X"))
         assert len(found.credit.advantages) == sum(len(r.turns) for r in group)
@@ -210,28 +212,30 @@ def test_turns_in_one_state_are_compared_however_they_came_there():
     assert len(set(credit.anchor_keys(rollout_table(unnamed)).tolist())) > len(set(keys.tolist()))
 
 
-def test_leaves_of_a_tree_share_rewards_and_states(tiny):
-    from turnwise.evaluation import make_engine
+def test_leaves_of_a_tree_have_their_own_copies_of_the_environment():
+    class Chooses(ScriptedEngine):
+        """Goes right, except that a second child goes left: its conversation has a seed of its own."""
 
-    class Paid(Corridor):
-        async def step(self, text: str) -> Step:
-            self.place += 1
-            return Step(
-                action=Action(), reply=(Message(role="user", content="on"),), rewards={"environment": float(len(text))}
-            )
+        async def generate(self, prompt_ids, sampling, *, session):
+            self._calls[session] = 0
+            word = "right" if sampling.seed % 2 else "left"
+            self._scripts[session] = [word]
+            return await super().generate(prompt_ids, sampling, session=session)
 
-    limits = Limits(max_turn_tokens=12, context=tiny.context, max_turns=3)
-    leaves = asyncio.run(
-        run_tree(
-            TASK, TurnLimit(Paid(TASK), 3), make_engine(tiny), tiny.chat, branches=(2, 2), limits=limits, seed=(1,)
-        )
-    )
-    assert len(leaves) >= 2
+    tree = run_tree(TASK, TurnLimit(Corridor(TASK), 3), Chooses(["x"], CHAT), CHAT, branches=(3, 2), limits=LIMITS)
+    leaves = [score(TASK, leaf, protocol=None) for leaf in asyncio.run(tree)]
+    assert len(leaves) == 6
     for leaf in leaves:
-        assert len(leaf.states) == len(leaf.turns)
-        for other in leaves:
-            shared = [k for k, (a, b) in enumerate(zip(leaf.nodes, other.nodes, strict=False)) if a == b]
-            assert all(leaf.turns[k].rewards == other.turns[k].rewards for k in shared)
+        place, states = 0, []
+        for turn in leaf.turns:  # what each leaf did by itself, walked through again
+            states.append(str(place))
+            place = max(0, place + (1 if turn.text == "right" else -1))
+            assert turn.rewards["environment"] == (0.5 if turn.text == "right" else -0.25)
+        assert leaf.states == tuple(states)
+    assert len({tuple(turn.text for turn in leaf.turns) for leaf in leaves}) > 1
+    for estimator in ("mt-grpo-tree", "treerl"):
+        config = TrainConfig(estimator=estimator, branches=(3, 2), max_turns=3, environment="gym:X")
+        assert any(abs(a) > 1e-6 for a in credit_rollouts(leaves, config).credit.advantages), estimator
 
 
 # ------------------------------------------------------------------------- where they come from
@@ -269,7 +273,7 @@ def tasks(split):
     from turnwise import atlas
     return [
         Task(id=t.id, question=t.question, kind=t.kind, metadata={"golds": t.answers})
-        for t in atlas.tasks(split)[:12]
+        for t in atlas.tasks(split)[:4]
     ]
 '''
 
@@ -283,9 +287,9 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def run(module: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of the embedded agent in the module's environment."""
+    """A step of the embedded agent in the module's environment."""
     out = tmp_path_factory.mktemp("runs") / "elsewhere"
-    options = {"steps": 2, "tasks_per_step": 4, "group_size": 4, "minibatches": 2, "validation_size": 6, "threads": 1}
+    options = {"steps": 1, "tasks_per_step": 2, "group_size": 4, "minibatches": 1, "validation_size": 3, "threads": 1}
     train(environment=module, estimator="mt-grpo", log_groups=4, out=out, **options)
     return out
 
@@ -304,7 +308,7 @@ def test_training_in_an_environment_from_elsewhere_records_its_rewards(run: Path
 
 
 def test_a_run_is_evaluated_asked_and_reported_where_it_was_trained(run: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["eval", str(run), "--limit", "4"]) == 0
+    assert main(["eval", str(run), "--limit", "2"]) == 0
     assert "success" in capsys.readouterr().out
     assert main(["ask", str(run), "What is the capital of Kenya?"]) == 2  # the module's tasks need golds
     assert "environment must not fail" in capsys.readouterr().err
@@ -315,7 +319,7 @@ def test_a_run_is_evaluated_asked_and_reported_where_it_was_trained(run: Path, c
 
 
 def test_another_environment_can_be_evaluated_in(module: str):
-    found = evaluate("embedded", environment=module, max_turns=3, limit=4)
+    found = evaluate("embedded", environment=module, max_turns=3, limit=2)
     assert found.name == "test"
     assert {"success", "environment_return"} <= found.metrics.keys()
     [[rollout]] = rollouts("embedded", environment=module, tasks=None, group_size=1, max_turns=3)[:1]
@@ -380,9 +384,7 @@ def test_an_environment_that_cannot_be_made_or_started_ends_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "broken.py"
-    tasks = (
-        "from turnwise import Task\ndef tasks(split): return [Task(id=split + str(i), question='') for i in range(3)]\n"
-    )
+    tasks = "from turnwise import Task\ndef tasks(split): return [Task(id=split + i, question='') for i in 'abc']\n"
     path.write_text(tasks + "def make(task): raise KeyError('board')")
     options = ["--environment", str(path), "--out", str(tmp_path / "run")]
     assert main(["train", *options]) == 2

@@ -28,7 +28,7 @@ LIMITS = Limits(max_turn_tokens=60, context=4000, max_turns=6)
 
 @contextlib.contextmanager
 def serving(*, fields: int = 1) -> Iterator[str]:
-    """A server of a guessing game: the seed's last digit is looked for, a wrong guess costs .1, the right one pays 1."""
+    """A guessing game's server: the seed's last digit is looked for, a wrong guess costs .1, the right one pays 1."""
     import uvicorn
     from openenv.core.env_server.http_server import create_fastapi_app
     from openenv.core.env_server.interfaces import Environment
@@ -191,7 +191,7 @@ def test_wrong_options_are_refused(url: str, options: str, message: str):
 
 
 def test_an_address_without_http_is_refused():
-    with pytest.raises(ConfigError, match="must be followed by a server's URL; got '127.0.0.1:9'"):
+    with pytest.raises(ConfigError, match="must be followed by a server's URL; got '127"):
         load_source("openenv:127.0.0.1:9")
 
 

@@ -1,11 +1,13 @@
 """TextWorld's games, made on the spot from a seed or read from files: text adventures of many turns."""
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +49,24 @@ class TextWorldEnvironment:
 
         asked = ("feedback", "description", "objective", "score", "won", "lost", "facts", "intermediate_reward")
         infos = textworld.EnvInfos(**dict.fromkeys(asked, True), admissible_commands=commands)
-        self._environment: Any = textworld.start(str(game), infos)
+        with _quiet():
+            self._environment: Any = textworld.start(str(game), infos)
         self._task = task
         self._commands = commands
         self._state: Any = None
 
     def start(self) -> tuple[Message, ...]:
         """The rules as system message; objective and first room as user message."""
-        self._state = self._environment.reset()
+        with _quiet():
+            self._state = self._environment.reset()
         return first_messages(RULES, self._task, self._shown(f"{self._state.objective}\n\n{self._state.description}"))
 
     async def step(self, text: str) -> Step:
         """One command to the game."""
         command, action = read_action(text)
         before = self._state.score
-        self._state, score, done = self._environment.step(" ".join(command.split()))
+        with _quiet():
+            self._state, score, done = self._environment.step(" ".join(command.split()))
         return step_of(
             action,
             self._shown(_PROMPT.sub("", self._state.feedback)),
@@ -78,7 +83,8 @@ class TextWorldEnvironment:
     def fork(self) -> "TextWorldEnvironment":
         """A copy of the game as it stands."""
         twin = object.__new__(TextWorldEnvironment)
-        twin.__dict__ = {**self.__dict__, "_environment": self._environment.copy()}
+        with _quiet():
+            twin.__dict__ = {**self.__dict__, "_environment": self._environment.copy()}
         return twin
 
     def close(self) -> None:
@@ -90,6 +96,14 @@ class TextWorldEnvironment:
         if not self._commands or not self._state.admissible_commands:
             return shown
         return f"{shown}\n\nCommands: {'; '.join(self._state.admissible_commands)}."
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the interpreter's warnings, as of a game that it has no walkthrough for, or a command that it cuts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="jericho|textworld")
+        yield
 
 
 def make_game(seed: int, *, rooms: int = 3, objects: int = 4, quest: int = 3, quests: int = 1) -> Path:
