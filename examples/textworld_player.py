@@ -3,8 +3,8 @@
     python examples/textworld_player.py --method gigpo --steps 12
 
 The policy is a table: a softmax over the commands that make sense, for every observation that it has met. It plays
-through Turnwise's rollouts, with text in and text out as a language model would, so that the rewards, the table of turns
-and the credit are those of any other training.
+through Turnwise's rollouts, with text in and text out as a language model would, so that rewards, turn table and credit
+are those of any other training.
 """
 
 import argparse

@@ -580,44 +580,77 @@ def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
     print(f"The page is {write_report(loaded, out or default)}.")
 
 
-def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out: Path | None = None) -> None:
+def credit(
+    file: Path,
+    /,
+    *,
+    methods: tuple[str, ...] = (),
+    groups: int = 3,
+    out: Path | None = None,
+    write: Path | None = None,
+) -> None:
     """Compute the credit of recorded rollouts by several methods, side by side.
 
     Args:
-        file: A run's rollouts.jsonl, or JSON lines of turns and rewards (see docs/credit.md).
+        file: A run's rollouts.jsonl, traces of verifiers, or JSON lines of turns and rewards (see docs/credit.md).
         methods: Names of estimators; by default some of the best known here, and on the page all that the file has the
             fields for. Of those with an advantage per token the mean over each turn's tokens is shown.
         groups: Groups to print.
         out: Also write an HTML page there.
+        write: Also write traces of verifiers there, with the one method's advantages in their nodes.
     """
     from turnwise.credit import ESTIMATORS, TOKEN_ESTIMATORS
     from turnwise.report.side import print_side_by_side, write_side_by_side
-    from turnwise.traces import all_credit, lacking, read_traces, traces_credit, traces_table
+    from turnwise.traces import lacking, read_traces, recorded_credit
 
     known = (*ESTIMATORS, *TOKEN_ESTIMATORS)
     for name in methods:
         if name not in known:
             raise unknown_name("methods", name, known)
     _check_least("groups", groups, 1)
-    if out:
-        _check_out(out)
+    if write and len(methods) != 1:
+        raise ConfigError(f"methods must be one where its credit is written; got {len(methods)}; name one")
+    for path in filter(None, (out, write)):
+        _check_out(path)
     traces = read_traces(file)
     for name in methods:
         if missing := " and ".join(lacking(name, traces)):
             raise InputError(
                 f"{file} must have {missing} in every turn for {name}; it has not; add it, or leave it out"
             )
-    table = traces_table(traces)
-    if methods:
-        found = {name: traces_credit(name, traces, table) for name in methods}
-    else:
-        found, refused = all_credit(traces, table)
-        for note in refused:
-            print(note)
+    found = _found_credit(traces, methods)
     shown = {name: found[name] for name in methods or SHOWN_METHODS if name in found}
+    recorded = recorded_credit(traces)
+    if recorded is not None:
+        shown = {"recorded": recorded, **shown}
     print_side_by_side(traces, shown, _console(), groups=groups)
     if out:
         print(f"The page is {write_side_by_side(traces, found, file, out)}.")
+    if write:
+        _write_credit(file, methods[0], write)
+
+
+def _found_credit(traces: Sequence[Any], methods: Sequence[str]) -> dict[str, Any]:
+    """The credit of the methods, or of all that can take the rollouts, where none is named."""
+    from turnwise.traces import all_credit, traces_credit, traces_table
+
+    table = traces_table(traces)
+    if methods:
+        return {name: traces_credit(name, traces, table) for name in methods}
+    found, refused = all_credit(traces, table)
+    for note in refused:
+        print(note)
+    return found
+
+
+def _write_credit(file: Path, method: str, write: Path) -> None:
+    """Writes traces of verifiers with a method's credit."""
+    from turnwise.rundir import write_atomically
+    from turnwise.traces import verifiers_lines
+
+    lines = verifiers_lines(file, method)
+    write_atomically(write, "".join(f"{line}\n" for line in lines))
+    print(f"{len(lines)} traces with the credit of {method} are in {write}.")
 
 
 def _check_least(option: str, number: int, least: int) -> None:
