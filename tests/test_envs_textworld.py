@@ -1,6 +1,7 @@
 """TextWorld's games: made from a seed, played through, and worth points and progress."""
 
 import asyncio
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from turnwise.rewards import score
 from turnwise.rollout import Limits, run_rollout
 from turnwise.types import Rollout, Task
 
+pytestmark = pytest.mark.slow  # a game takes seconds to compile
 CHAT = byte_chat()
 LIMITS = Limits(max_turn_tokens=80, context=40_000, max_turns=12)
 SIZE = "rooms=2&objects=2&quest=2&quests=2&games=2"
@@ -137,3 +139,12 @@ def test_prompt_and_state_are_the_games_own(source: Source):
     assert user.content.startswith("Hurry.\n\n")
     assert "$$" not in user.content  # the banner is left out
     environment.close()
+
+
+def test_the_example_plays_and_learns(source: Source):
+    path = Path(__file__).parent.parent / "examples" / "textworld_player.py"
+    namespace = runpy.run_path(str(path))
+    won = namespace["play"](f"textworld:?{SIZE}", "gigpo", steps=4, group_size=4, max_turns=8)
+    assert len(won) == 4
+    assert won[-1] >= won[0]
+    assert len(path.read_text().splitlines()) < 100
