@@ -29,6 +29,7 @@ LAYERS = [
     "templates",
     "protocols",
     "env",
+    "envs",
     "chat",
     "conversations",
     "fuzz",

@@ -323,7 +323,8 @@ def _train(config: Any, *, resume: bool, given: Sequence[str]) -> int:
         print(f"The run is in {result.out}. What next:")
         print(f"  turnwise report {result.out}")
         print(f"  turnwise eval {result.out}")
-        print(f'  turnwise ask {result.out} "What is the capital of Kenya?"')
+        asked = '"What is the capital of Kenya?"' if config.environment is None else "3"
+        print(f"  turnwise ask {result.out} {asked}")
         return 0
     print(f"Stopped after step {result.steps} of {total}; nothing is lost. To go on:")
     print(f"  turnwise train --resume --out {result.out}")
@@ -526,6 +527,8 @@ def evaluate(
     concurrency: int = 8,
     timeout_s: float = 120.0,
     out: Path | None = None,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> None:
     """Measure a run's policy on questions, or any model behind an OpenAI-compatible endpoint, with intervals.
 
@@ -549,6 +552,8 @@ def evaluate(
         concurrency: Most requests to the endpoint at once.
         timeout_s: Seconds that one request may take.
         out: Folder for the result; by default the run directory, where it is one.
+        environment: Play in this environment instead of the run's, on its tasks (see docs/environments.md).
+        max_turns: Most turns of a rollout, instead of the run's.
     """
     from turnwise.evaluation import evaluate as evaluated
     from turnwise.evaluation import is_run, write_evaluation
@@ -573,6 +578,8 @@ def evaluate(
         max_turn_tokens=max_turn_tokens,
         engine=engine,
         endpoint=_endpoint(endpoint, model, key_env, concurrency, timeout_s),
+        environment=environment,
+        max_turns=max_turns,
     )
     _print_evaluation(model or run, evaluation)
     if target:
@@ -628,16 +635,20 @@ def ask(
     mode: Literal["greedy", "sampled"] = "greedy",
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> None:
     """Ask a run's policy a question and watch it work, turn by turn.
 
     Args:
         run: A run directory, a checkpoint folder, or "embedded".
-        question: The question.
+        question: The question; in an environment of seeds the seed, in one of games the game's name.
         corpus: What to search instead of the run's corpus: "atlas", a JSON-lines file, or a folder.
         mode: Take the most probable tokens, or draw them as in training.
         checkpoint: The run's best by validation, or its last.
         seed: Decides the draws of --mode sampled.
+        environment: Play in this environment instead of the run's (see docs/environments.md).
+        max_turns: Most turns, instead of the run's.
     """
     import asyncio
 
@@ -645,31 +656,37 @@ def ask(
 
     from turnwise.display import Watched, turn_panel
     from turnwise.env import Step, ToolEnvironment
-    from turnwise.evaluation import make_engine, rollout_limits, run_policy
+    from turnwise.evaluation import elsewhere, make_engine, rollout_limits, run_policy
     from turnwise.report.text import visible
     from turnwise.rollout import run_rollout
-    from turnwise.setting import make_tools
+    from turnwise.setting import environment_source, make_tools
     from turnwise.types import Task
 
     if not question.strip():
         raise InputError("the question must not be blank; got none; ask something")
     console, turns = _console(), 0
     policy, config = run_policy(run, checkpoint)
+    config = elsewhere(config, environment, max_turns)
     if corpus:
         config = dataclasses.replace(config, corpus=corpus, tools=None)
+    source = environment_source(config)
 
     def watch(text: str, step: Step) -> None:
         nonlocal turns
         turns += 1
         console.print(turn_panel(turns, text, step))
 
-    task = Task(id="question", question=question, answers=())
-    tools = make_tools(config, ())
-    environment = ToolEnvironment(task, tools, max_turns=config.max_turns, protocol=config.protocol)
+    if source:
+        task = source.task_of(question)
+        playing = source.environment(task, config.max_turns)
+    else:
+        task = Task(id="question", question=question)
+        tools = make_tools(config, ())
+        playing = ToolEnvironment(task, tools, max_turns=config.max_turns, protocol=config.protocol)
     rollout = asyncio.run(
         run_rollout(
             task,
-            Watched(environment, watch),
+            Watched(playing, watch),
             make_engine(policy),
             policy.chat,
             limits=rollout_limits(config, policy),
@@ -681,7 +698,7 @@ def ask(
         cut = rollout.turns[-1].text if len(rollout.turns) > turns else ""
         console.print(Text(visible(f"{cut}\n(cut off: no room for more tokens)").lstrip()))
     if rollout.error:
-        raise InputError(f"the tools must not fail; got {rollout.error}; correct them")
+        raise InputError(f"the {'environment' if source else 'tools'} must not fail; got {rollout.error}; correct it")
 
 
 def serve(
@@ -738,44 +755,77 @@ def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
     print(f"The page is {write_report(loaded, out or default)}.")
 
 
-def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out: Path | None = None) -> None:
+def credit(
+    file: Path,
+    /,
+    *,
+    methods: tuple[str, ...] = (),
+    groups: int = 3,
+    out: Path | None = None,
+    write: Path | None = None,
+) -> None:
     """Compute the credit of recorded rollouts by several methods, side by side.
 
     Args:
-        file: A run's rollouts.jsonl, or JSON lines of turns and rewards (see docs/credit.md).
+        file: A run's rollouts.jsonl, traces of verifiers, or JSON lines of turns and rewards (see docs/credit.md).
         methods: Names of estimators; by default some of the best known here, and on the page all that the file has the
             fields for. Of those with an advantage per token the mean over each turn's tokens is shown.
         groups: Groups to print.
         out: Also write an HTML page there.
+        write: Also write traces of verifiers there, with the one method's advantages in their nodes.
     """
     from turnwise.credit import ESTIMATORS, TOKEN_ESTIMATORS
     from turnwise.report.side import print_side_by_side, write_side_by_side
-    from turnwise.traces import all_credit, lacking, read_traces, traces_credit, traces_table
+    from turnwise.traces import lacking, read_traces, recorded_credit
 
     known = (*ESTIMATORS, *TOKEN_ESTIMATORS)
     for name in methods:
         if name not in known:
             raise unknown_name("methods", name, known)
     _check_least("groups", groups, 1)
-    if out:
-        _check_out(out)
+    if write and len(methods) != 1:
+        raise ConfigError(f"methods must be one where its credit is written; got {len(methods)}; name one")
+    for path in filter(None, (out, write)):
+        _check_out(path)
     traces = read_traces(file)
     for name in methods:
         if missing := " and ".join(lacking(name, traces)):
             raise InputError(
                 f"{file} must have {missing} in every turn for {name}; it has not; add it, or leave it out"
             )
-    table = traces_table(traces)
-    if methods:
-        found = {name: traces_credit(name, traces, table) for name in methods}
-    else:
-        found, refused = all_credit(traces, table)
-        for note in refused:
-            print(note)
+    found = _found_credit(traces, methods)
     shown = {name: found[name] for name in methods or SHOWN_METHODS if name in found}
+    recorded = recorded_credit(traces)
+    if recorded is not None:
+        shown = {"recorded": recorded, **shown}
     print_side_by_side(traces, shown, _console(), groups=groups)
     if out:
         print(f"The page is {write_side_by_side(traces, found, file, out)}.")
+    if write:
+        _write_credit(file, methods[0], write)
+
+
+def _found_credit(traces: Sequence[Any], methods: Sequence[str]) -> dict[str, Any]:
+    """The credit of the methods, or of all that can take the rollouts, where none is named."""
+    from turnwise.traces import all_credit, traces_credit, traces_table
+
+    table = traces_table(traces)
+    if methods:
+        return {name: traces_credit(name, traces, table) for name in methods}
+    found, refused = all_credit(traces, table)
+    for note in refused:
+        print(note)
+    return found
+
+
+def _write_credit(file: Path, method: str, write: Path) -> None:
+    """Writes traces of verifiers with a method's credit."""
+    from turnwise.rundir import write_atomically
+    from turnwise.traces import verifiers_lines
+
+    lines = verifiers_lines(file, method)
+    write_atomically(write, "".join(f"{line}\n" for line in lines))
+    print(f"{len(lines)} traces with the credit of {method} are in {write}.")
 
 
 def _check_least(option: str, number: int, least: int) -> None:

@@ -75,6 +75,11 @@ def reproduce(config: ReproduceConfig) -> Path:
 
     arms = read_arms(config)
     for arm in arms.values():
+        if arm.environment:
+            raise ConfigError(
+                "environment must be left out of a comparison, whose tables are of searches and answers; got "
+                f"{arm.environment}; train each method with turnwise train"
+            )
         make_setting(arm)  # bad input raises before any process starts
     load_policy(config.train.start)
     for folder in (config.results, config.runs / config.name):
@@ -237,7 +242,7 @@ def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
     for population, tasks in evaluation_tasks(config, size).items():
         for mode in ("greedy", "sampled"):
             pairs = play(tasks, setting, engines, loaded.chat, limits=limits, mode=mode)
-            evaluation = summarised(population, mode, pairs, config.protocol)
+            evaluation = summarised(population, mode, pairs, config.tag_protocol)
             found[f"{population}-{mode}"] = evaluation_to_dict(evaluation)["metrics"]
     return found
 

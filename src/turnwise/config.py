@@ -14,7 +14,7 @@ from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.judge import JudgeConfig
 from turnwise.protocols import NATIVE, ProtocolName, protocol_named
-from turnwise.rewards import DEFAULT_WEIGHTS, JUDGED
+from turnwise.rewards import BUILT_IN, DEFAULT_WEIGHTS, ENVIRONMENT_WEIGHTS, JUDGED, OF_RECORDS
 from turnwise.rollout import check_branches
 
 ENGINES = ("hf", "vllm")
@@ -94,6 +94,9 @@ class TrainConfig:
     tools: str | None = None
     """Tools instead of the search tool, parted by commas: search, calculator, python, a Python file, mcp:COMMAND, the
     URL of an MCP server, a JSON or TOML file of MCP servers."""
+    environment: str | None = None
+    """An environment from elsewhere instead of tools and tags: a Python file with make(task), gym:ID, openenv:URL or
+    textworld:. Tasks are its own unless --tasks names others (docs/environments.md)."""
     rewards: Path | None = None
     """A Python file of reward functions to use beside the built-in ones."""
     reward_weights: dict[str, float] | None = None
@@ -227,6 +230,7 @@ class TrainConfig:
         if self.protocol != NATIVE:
             protocol_named(self.protocol)
         _check_weights(self.reward_weights)
+        self._check_environment()
         self._check_judge()
         if self.minibatches > self.tasks_per_step:
             raise ConfigError(
@@ -312,6 +316,23 @@ class TrainConfig:
                 "leave it out, or name a correction"
             )
 
+    def _check_environment(self) -> None:
+        """Raises ConfigError for options of tools and tags where an environment from elsewhere has neither."""
+        if self.environment is None:
+            return
+        for name in TOOL_OPTIONS:
+            if getattr(self, name) != getattr(TrainConfig, name):
+                raise ConfigError(
+                    f"{name.replace('_', '-')} must go with the environment of tools; got an environment from "
+                    f"elsewhere, {self.environment}, which reads and answers messages itself; leave one of them out"
+                )
+        for name in self.weights:
+            if name in BUILT_IN and name not in OF_RECORDS:
+                raise ConfigError(
+                    f"reward-weights must name what an environment's rollouts can have; got {name}, which looks for "
+                    f"tags; leave it out; of the built-in ones there are {', '.join(OF_RECORDS)}"
+                )
+
     def _check_judge(self) -> None:
         """Bad options of the judge, and options of a judge that is not there, raise here."""
         if self.judge and self.judge.turns and self.estimator in ("mt-grpo-tree", "slate"):
@@ -340,8 +361,15 @@ class TrainConfig:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """What each reward component is worth: `reward_weights`, or the protocol's."""
-        return DEFAULT_WEIGHTS[self.protocol] if self.reward_weights is None else self.reward_weights
+        """What each reward component is worth: `reward_weights`, or the protocol's, or an environment's own rewards."""
+        if self.reward_weights is not None:
+            return self.reward_weights
+        return ENVIRONMENT_WEIGHTS if self.environment else DEFAULT_WEIGHTS[self.protocol]
+
+    @property
+    def tag_protocol(self) -> ProtocolName | None:
+        """The tags of the rollouts; None in an environment from elsewhere."""
+        return None if self.environment else self.protocol
 
     @property
     def judge(self) -> JudgeConfig | None:
@@ -424,6 +452,8 @@ def _check_weights(weights: Any) -> None:
 
 _CRITIC_OPTIONS = ("lam", "whiten", "critic", "critic_learning_rate", "critic_warmup_steps", "value_clip")
 """The options that mean nothing without a critic."""
+TOOL_OPTIONS = ("protocol", "tools", "corpus", "search_results", "result_chars", "judge_url")
+"""The options that mean nothing in an environment from elsewhere."""
 _JUDGE_OPTIONS = ("judge_model", "judge_key_env", "judge_rubric", "judge_outcome_rubric", "judge_cache")
 """The options that mean nothing without a judge's URL."""
 _INF = math.inf

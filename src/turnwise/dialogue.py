@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from turnwise.chat import call_id
 from turnwise.endpoint import Client, EndpointFailure, Reply
-from turnwise.env import Environment, Step
+from turnwise.env import Environment, Step, closed, started
 from turnwise.protocols import TagProtocol, said_text
-from turnwise.rollout import MakeEnvironment, described, rollout_seed, together
+from turnwise.rollout import MakeEnvironment, described, finite_rewards, rollout_seed, together
 from turnwise.types import Action, Message, Rollout, Stop, Task, ToolCall, Turn
 
 
@@ -106,9 +106,10 @@ async def run_dialogue(
     """
     turns: list[Turn] = []
     stop: Stop | None = None
+    success: bool | None = None
     error: str | None = None
     try:
-        messages = list(environment.start())
+        messages = list(await started(environment))
         while stop is None:
             said = await speaker.say(
                 messages, temperature=temperature, max_tokens=max_turn_tokens, seed=rollout_seed(seed, len(turns))
@@ -119,19 +120,30 @@ async def run_dialogue(
                     step = await environment.step(said.text)
                 except Exception as failure:  # whatever a user's environment raises is a fact about this rollout
                     step, error = Step(action=Action(), stop="error"), described(failure)
-            stop = step.stop
+            stop, success = step.stop, step.success
             messages += [said.message, *step.reply]
             turns.append(_turn(said.text, step))
     except EndpointFailure as failure:
         stop, error = "error", f"the endpoint gave no reply: {failure}"
     except Exception as failure:
         stop, error = "error", described(failure)
+    finally:
+        await closed(environment)
     assert stop is not None
-    return Rollout(task_id=task.id, group=group, prompt_ids=(), turns=tuple(turns), stop=stop, error=error)
+    return Rollout(
+        task_id=task.id, group=group, prompt_ids=(), turns=tuple(turns), stop=stop, error=error, success=success
+    )
 
 
 def _turn(text: str, step: Step) -> Turn:
-    return Turn(action_ids=(), sampling_logprobs=(), text=text, action=step.action, results=step.results)
+    return Turn(
+        action_ids=(),
+        sampling_logprobs=(),
+        text=text,
+        action=step.action,
+        results=step.results,
+        rewards=finite_rewards(step.rewards),
+    )
 
 
 async def run_dialogues(

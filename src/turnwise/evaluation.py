@@ -15,7 +15,15 @@ import torch
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
-from turnwise.config import ATLAS_HOPS, TrainConfig, config_from_dict, read_config_file, without_judge
+from turnwise.config import (
+    ATLAS,
+    ATLAS_HOPS,
+    TOOL_OPTIONS,
+    TrainConfig,
+    config_from_dict,
+    read_config_file,
+    without_judge,
+)
 from turnwise.cores import in_parallel, parts_at_once
 from turnwise.devices import is_offered, placed
 from turnwise.dialogue import EndpointSpeaker, run_dialogues
@@ -23,6 +31,7 @@ from turnwise.endpoint import Client, EndpointConfig, Reply
 from turnwise.engine import Engine, PolicyEngine
 from turnwise.engines.hf import HFEngine
 from turnwise.engines.vllm import VLLMEngine
+from turnwise.env import closed, started
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
@@ -37,10 +46,17 @@ from turnwise.rewards import (
 )
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
-from turnwise.setting import Setting, make_setting, make_tools, played_protocol
+from turnwise.setting import (
+    Setting,
+    environment_source,
+    environment_tasks,
+    make_setting,
+    make_tools,
+    played_protocol,
+)
 from turnwise.sources import is_hub_name
 from turnwise.tasks import load_tasks
-from turnwise.types import Rollout, Task
+from turnwise.types import Message, Rollout, Task, ToolResult
 
 Mode = Literal["greedy", "sampled"]
 
@@ -52,32 +68,47 @@ RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
 
-def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tools") -> dict[str, float]:
+def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName | None = "tools") -> dict[str, float]:
     """What is reported of one rollout, by name; `docs/run-format.md` says what each is.
 
     A metric that a rollout cannot have is absent: `tokens` without token ids; `well_called` without calls; the four
     about searches where the task names no gold articles (its metadata's `articles`) or a tool does not say what it
-    returned; the format measures of the other protocol.
+    returned; the format measures of the other protocol, and with those of tools those of both where `protocol` is None;
+    what compares with answers where the task has none; what an environment pays and says where it does not.
     """
     results = [result for turn in rollout.turns for result in turn.results if not result.error]
-    answer = rollout.answer
-    said = answer if answer is not None else ""
-    golds = list(task.answers)
     tokens = sum(len(turn.action_ids) for turn in rollout.turns)
     return {
-        "tool_execution": float(bool(results)),
+        **({"tool_execution": float(bool(results))} if protocol else {}),
+        **(_answer_metrics(task, rollout, results) if task.answers else {}),
+        **(_format_metrics(rollout, protocol) if protocol else {}),
+        **_environment_metrics(rollout),
+        "terminated": float(rollout.terminated),
+        "turns": float(len(rollout.turns)),
+        **({"tokens": float(tokens)} if tokens or not rollout.turns else {}),
+        **_call_metrics(task, rollout),
+    }
+
+
+def _answer_metrics(task: Task, rollout: Rollout, results: Sequence[ToolResult]) -> dict[str, float]:
+    """How answer and results compare with the task's answers."""
+    answer, golds = rollout.answer, list(task.answers)
+    said = answer if answer is not None else ""
+    return {
         "answer_in_results": max((metrics.answer_presence(r.text, golds) for r in results), default=0.0),
         "exact_match": 0.0 if answer is None else metrics.exact_match(said, golds),
         "exact_match_paper": 0.0 if answer is None else metrics.exact_match(said, golds, "paper"),
         "f1": 0.0 if answer is None else metrics.f1(said, golds),
         "answer_presence": answer_presence(task, rollout),
         "answered": float(answer is not None),
-        **_format_metrics(rollout, protocol),
-        "terminated": float(rollout.terminated),
-        "turns": float(len(rollout.turns)),
-        **({"tokens": float(tokens)} if tokens or not rollout.turns else {}),
-        **_call_metrics(task, rollout),
     }
+
+
+def _environment_metrics(rollout: Rollout) -> dict[str, float]:
+    """The unweighted sum of what the environment paid as `environment`, and whether it says that the task is solved."""
+    paid = [turn.rewards["environment"] for turn in rollout.turns if "environment" in turn.rewards]
+    solved = {} if rollout.success is None else {"success": float(rollout.success)}
+    return {**({"environment_return": sum(paid)} if paid else {}), **solved}
 
 
 def _format_metrics(rollout: Rollout, protocol: ProtocolName) -> dict[str, float]:
@@ -116,7 +147,7 @@ def _call_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
     }
 
 
-def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools") -> dict[str, float]:
+def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName | None = "tools") -> dict[str, float]:
     """Each metric's mean over the rollouts that have it; those that an environment's failure ended are left out."""
     rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs if rollout.stop != "error"]
     return {name: float(np.mean(values)) for name, values in _columns(rows).items()}
@@ -149,8 +180,8 @@ class Evaluation:
     records: Sequence[tuple[Task, Rollout]]
     judge: Mapping[str, float] = field(default_factory=dict)
     """Cost and disagreement of the judge (see `judge_metrics`); empty without one."""
-    protocol: ProtocolName = "tools"
-    """The tags in which the questions were played."""
+    protocol: ProtocolName | None = "tools"
+    """The tags in which the questions were played; None in an environment that has none."""
     endpoint: Mapping[str, float] = field(default_factory=dict)
     """Requests to an endpoint and what they took; empty for a policy of our own."""
 
@@ -256,7 +287,7 @@ def summarised(
     name: str,
     mode: Mode,
     pairs: Sequence[tuple[Task, Rollout]],
-    protocol: ProtocolName = "tools",
+    protocol: ProtocolName | None = "tools",
     *,
     pass_at: Sequence[int] = (),
     endpoint: Mapping[str, float] | None = None,
@@ -280,7 +311,7 @@ def summarised(
 
 
 def _estimates(
-    pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName, pass_at: Sequence[int]
+    pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName | None, pass_at: Sequence[int]
 ) -> dict[str, Estimate]:
     """Each metric's estimate, from every question's mean over its samples."""
     by_question: dict[str, list[dict[str, float]]] = {}
@@ -291,7 +322,8 @@ def _estimates(
 
 
 def _question_metrics(rows: Sequence[Mapping[str, float]], pass_at: Sequence[int]) -> dict[str, float]:
-    correct = round(sum(row["exact_match"] for row in rows))
+    """Means over a question's samples, and the chances that one of k of them passes: by exact match, or by success."""
+    correct = round(sum(row.get("exact_match", row.get("success", 0.0)) for row in rows))
     passed = {f"pass@{k}": metrics.pass_at(k, samples=len(rows), correct=correct) for k in pass_at if k <= len(rows)}
     return {**{name: float(np.mean(values)) for name, values in _columns(rows).items()}, **passed}
 
@@ -334,13 +366,17 @@ def evaluate(
     endpoint: EndpointConfig | None = None,
     engine: Literal["hf", "vllm"] | None = None,
     max_turn_tokens: int | None = None,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> Evaluation:
     """How well a policy answers questions, with bootstrap intervals.
 
     `run` is a run directory, a checkpoint folder, "embedded" or "embedded-search"; it plays with its run's tools and
     rewards. `tasks` are questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which
     `split` chooses (by default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced.
-    A run's judge is asked too, unless `judge` is False. Raises RunError where every rollout failed.
+    A run's judge is asked too, unless `judge` is False. With `environment` it plays there instead, see
+    `docs/environments.md`, on that environment's tasks, and for `max_turns` turns where that is given. Raises RunError
+    where every rollout failed.
 
     Each question is played `samples` times; `pass_at` names the k of pass@k. `engine` and `max_turn_tokens` replace the
     run's own. With `endpoint`, the model there plays in the place of the run's policy, and `run` may also be a file of
@@ -353,6 +389,7 @@ def evaluate(
     config = dataclasses.replace(config, **{name: value for name, value in replaced.items() if value is not None})
     if not judge:
         config = without_judge(config)
+    config = elsewhere(config, environment, max_turns)
     if config.judge:
         check_judge(config.judge, "leave it out with --no-judge (in Python judge=False)")
     chosen, called = _chosen_tasks(config, tasks, split)
@@ -372,9 +409,10 @@ def evaluate(
         check_prompts(setting, policy, limits)
         engines = make_engines(policy, config)
         pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, **how)
-    evaluation = summarised(name or called, mode, pairs, config.protocol, pass_at=pass_at, endpoint=costs)
+    evaluation = summarised(name or called, mode, pairs, config.tag_protocol, pass_at=pass_at, endpoint=costs)
     if not evaluation.metrics:
-        raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
+        mended = "environment" if config.environment else "tools"
+        raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the {mended}")
     return evaluation
 
 
@@ -431,6 +469,18 @@ def rollouts(
         [setting.scored(task, rollout) for rollout in group]
         for task, group in zip(setting.validation, groups, strict=True)
     ]
+
+
+def elsewhere(config: TrainConfig, environment: str | None, max_turns: int | None) -> TrainConfig:
+    """The configuration in another environment, which pays what it pays by default, and with other `max_turns`."""
+    if max_turns is not None:
+        config = dataclasses.replace(config, max_turns=max_turns, branches=())
+    if environment is None:
+        return config
+    given = {name: getattr(TrainConfig, name) for name in (*TOOL_OPTIONS, "tasks", "validation_tasks", "rewards")}
+    return dataclasses.replace(
+        without_judge(config), **given, reward_weights=None, branches=(), environment=environment
+    )
 
 
 def _check_names(**given: str | None) -> None:
@@ -532,6 +582,10 @@ def _chosen_tasks(
     config: TrainConfig, tasks: str | Path | Sequence[Task] | None, split: atlas.Split | None
 ) -> tuple[Sequence[Task], str]:
     """The questions to play, and what they are called."""
+    source = environment_source(config)
+    if source and (tasks is None or isinstance(tasks, str)) and (tasks or config.tasks) == ATLAS:
+        split = split or "test"
+        return environment_tasks(source, ATLAS, split), split
     if tasks is None and config.tasks not in ATLAS_HOPS:
         setting = make_setting(without_judge(config))
         if split == "test":
@@ -550,18 +604,20 @@ def _chosen_tasks(
         return atlas.tasks(split, hops=hops), split if hops == 1 else f"two-hop-{split}"
     if split:
         raise ConfigError(f"split must be left out where tasks are a file, all of which is played; got {split!r}")
-    return load_tasks(tasks), Path(tasks).name.split(".jsonl")[0]
+    return load_tasks(tasks, answered=source is None), Path(tasks).name.split(".jsonl")[0]
 
 
 def _setting(config: TrainConfig, tasks: Sequence[Task]) -> Setting:
     """A configuration's tools and rewards with other questions."""
     config = dataclasses.replace(config, protocol=played_protocol(config))
+    source = environment_source(config)
     return Setting(
         config=config,
         train=(),
         validation=tasks,
-        tools=make_tools(config, tasks if any(task.answers for task in tasks) else ()),
+        tools={} if source else make_tools(config, tasks if any(task.answers for task in tasks) else ()),
         rewards=load_rewards(config.rewards) if config.rewards else {},
+        source=source,
     )
 
 
@@ -589,7 +645,8 @@ def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
 def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[PolicyEngine]:
     """As many engines as play at the same time: one per thread for a small policy, with `max_rows` in all.
 
-    With a user's tools there is one engine, so that inline ones are called from one thread alone. vLLM is one, too.
+    With a user's tools, and in environments from elsewhere, there is one engine, so that what is called inline is
+    called from one thread alone. vLLM is one, too.
     """
     if config.engine == "vllm":
         return [
@@ -601,7 +658,8 @@ def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) ->
                 memory_share=config.vllm_memory_share,
             )
         ]
-    count = 1 if config.tools else parts_at_once(policy.model, config.threads or torch.get_num_threads())
+    own = config.tools or config.environment
+    count = 1 if own else parts_at_once(policy.model, config.threads or torch.get_num_threads())
     return [make_engine(policy, max_rows=-(-max_rows // count)) for _ in range(count)]
 
 
@@ -613,12 +671,17 @@ def spread(tasks: Sequence[Task], count: int) -> list[Task]:
 
 
 def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
-    """Raises ConfigError where prompt and turns together cannot fit the policy's context."""
+    """Raises ConfigError where prompt and turns together cannot fit the policy's context.
+
+    Of an environment from elsewhere the first tasks are looked at alone, since starting it may take long. Raises
+    InputError where it does not start.
+    """
     turns, chat = limits.max_turns, policy.chat
     replies = (turns - 1) * chat.empty_reply_length
     reserved = turns * limits.max_turn_tokens + replies
-    for task in (*setting.train, *setting.validation):
-        messages = setting.environment(task).start()
+    tasks = (*setting.train, *setting.validation)
+    for task in (*setting.train[:1], *setting.validation[:1]) if setting.source else tasks:
+        messages = awaited(opening(setting, task))
         most = sum(len(m.content.encode()) for m in messages) + len(messages) * FRAME
         if chat.template is None and most + reserved <= limits.context:
             continue  # no text has more tokens than bytes
@@ -630,3 +693,19 @@ def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
                 f"{length} + {turns} x {limits.max_turn_tokens} + {replies} = {needed}; shorten the question, or "
                 "lower max-turn-tokens or max-turns"
             )
+
+
+async def opening(setting: Setting, task: Task) -> tuple[Message, ...]:
+    """The first messages of a task."""
+    environment = setting.environment(task)
+    try:
+        return await started(environment)
+    except Exception as error:
+        if setting.source is None:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"the environment {setting.source.name} must start; got {text} for task {task.id!r}; mend it, or the task"
+        ) from error
+    finally:
+        await closed(environment)

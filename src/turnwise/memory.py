@@ -35,8 +35,10 @@ from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.hf import PREFILL_TOKENS
 from turnwise.errors import ConfigError
+from turnwise.evaluation import opening
 from turnwise.logits import logprobs_of
 from turnwise.policy import Policy, token_states
+from turnwise.rollout import awaited
 from turnwise.setting import Setting
 
 ENGINE_ROWS = 256
@@ -93,9 +95,10 @@ def _gib(count: int) -> str:
 
 def rollout_lengths(setting: Setting, policy: Policy) -> Lengths:
     """The longest that rollouts get: prompts of the questions, every turn and result as long as allowed."""
-    config, tasks = setting.config, setting.train[:: max(1, len(setting.train) // PROMPTS)]
+    config = setting.config
+    tasks = setting.train[:1] if setting.source else setting.train[:: max(1, len(setting.train) // PROMPTS)]
     return Lengths(
-        prompt=max(len(policy.chat.prompt_ids(setting.environment(task).start())) for task in tasks),
+        prompt=max(len(policy.chat.prompt_ids(awaited(opening(setting, task)))) for task in tasks),
         turn=config.max_turn_tokens,
         result=-(-config.result_chars // CHARS_PER_TOKEN),
         turns=config.max_turns,

@@ -10,7 +10,8 @@ from turnwise import atlas
 from turnwise.atlas.world import hash_rank
 from turnwise.config import ATLAS, ATLAS_HOPS, TrainConfig
 from turnwise.env import Environment, ToolEnvironment
-from turnwise.errors import InputError, unknown_name
+from turnwise.envs import Source, load_source
+from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.judge import check_judge, judged
 from turnwise.protocols import NATIVE, ProtocolName, native_protocol, protocol_named
 from turnwise.rewards import BUILT_IN, JUDGED, RewardFunction, load_rewards, score
@@ -42,9 +43,13 @@ class Setting:
     validation: Sequence[Task]
     tools: Mapping[str, Tool]
     rewards: Mapping[str, RewardFunction]
+    source: Source | None = None
+    """Where environments come from, if they are not those of the tools."""
 
     def environment(self, task: Task) -> Environment:
         """A fresh environment for one rollout of a task."""
+        if self.source:
+            return self.source.environment(task, self.config.max_turns)
         return ToolEnvironment(task, self.tools, max_turns=self.config.max_turns, protocol=self.config.protocol)
 
     def scored(self, task: Task, rollout: Rollout) -> Rollout:
@@ -55,7 +60,7 @@ class Setting:
             self.config.weights,
             functions=self.rewards,
             definition=self.config.exact_match,
-            protocol=self.config.protocol,
+            protocol=self.config.tag_protocol,
         )
 
     def all_scored(self, pairs: Sequence[tuple[Task, Rollout]]) -> list[Rollout]:
@@ -67,9 +72,10 @@ class Setting:
 
 def make_setting(config: TrainConfig) -> Setting:
     """Reads everything a configuration names; bad input raises here, before any work starts."""
-    train, validation = _tasks(config)
+    source = environment_source(config)
+    train, validation = _tasks(config, source)
     rewards = load_rewards(config.rewards) if config.rewards else {}
-    known = [*BUILT_IN, *JUDGED, *rewards]
+    known = [*BUILT_IN, *JUDGED, *rewards, *((*source.rewards, "success") if source else ())]
     for name in config.weights:
         if name not in known:
             raise unknown_name("a reward component", name, known)
@@ -80,9 +86,26 @@ def make_setting(config: TrainConfig) -> Setting:
         config=config,
         train=train,
         validation=validation,
-        tools=make_tools(config, [*train, *validation]),
+        tools={} if source else make_tools(config, [*train, *validation]),
         rewards=rewards,
+        source=source,
     )
+
+
+def environment_source(config: TrainConfig) -> Source | None:
+    """Where the configuration's environments come from; None for those of tools.
+
+    Raises InputError where it cannot be used, ConfigError for rollouts that branch in an environment that cannot be
+    copied.
+    """
+    if config.environment is None:
+        return None
+    source = load_source(config.environment)
+    if config.branches and not source.forks:
+        raise ConfigError(
+            f"branches must go with an environment that can be copied; {source.name} cannot; leave branches out"
+        )
+    return source
 
 
 def played_protocol(config: TrainConfig) -> ProtocolName:
@@ -132,12 +155,27 @@ def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:
     return [task for task in tasks if training_rank(task.metadata["entity"]) < ASKED_SHARE]
 
 
-def _tasks(config: TrainConfig) -> tuple[Sequence[Task], Sequence[Task]]:
-    train = named_tasks(config.tasks, "train")
+def environment_tasks(source: Source, named: str, split: atlas.Split) -> Sequence[Task]:
+    """An environment's own tasks of a split, or those that are named: a file, which needs no answers, or the atlas's.
+
+    `atlas`, which is what is named by default, stands for the environment's own.
+    """
+    if named == ATLAS:
+        if source.tasks is None:
+            raise ConfigError(f"tasks must be named, as {source.name} has none of its own; give --tasks FILE")
+        return source.tasks(split)
+    return named_tasks(named, split) if named in ATLAS_HOPS else load_tasks(named, answered=False)
+
+
+def _tasks(config: TrainConfig, source: Source | None) -> tuple[Sequence[Task], Sequence[Task]]:
+    def named(name: str, split: atlas.Split) -> Sequence[Task]:
+        return environment_tasks(source, name, split) if source else named_tasks(name, split)
+
+    train = named(config.tasks, "train")
     if config.validation_tasks:
-        validation = named_tasks(config.validation_tasks, "validation")
+        validation = named(config.validation_tasks, "validation")
     elif config.tasks in ATLAS_HOPS:
-        validation = named_tasks(config.tasks, "validation")
+        validation = named(config.tasks, "validation")
     else:
         held = {t.id for t in train if hash_rank("validation", t.id) / 2**64 < VALIDATION_SHARE}
         validation = [task for task in train if task.id in held]

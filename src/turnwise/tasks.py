@@ -3,7 +3,8 @@
     {"id": "q1", "question": "What is the capital of Kenya?", "answers": ["Nairobi"]}
 
 `answers` may be one string and may be called `answer`; `kind` is optional; every other field
-becomes the task's metadata. A file whose name ends in `.gz` is compressed. Standard library only.
+becomes the task's metadata. Tasks of an environment that decides by itself what is right need neither
+question nor answers. A file whose name ends in `.gz` is compressed. Standard library only.
 """
 
 import gzip
@@ -119,8 +120,8 @@ def shown(value: object) -> str:
 # ---------------------------------------------------------------------------------- tasks
 
 
-def load_tasks(path: str | Path) -> list[Task]:
-    """The tasks of a JSON-lines file, in its order.
+def load_tasks(path: str | Path, *, answered: bool = True) -> list[Task]:
+    """The tasks of a JSON-lines file, in its order; without `answered` an `id` is all that they must have.
 
     Raises InputError, naming file, line and field, for a record that is no task, an id that comes
     twice, and a file without tasks.
@@ -129,21 +130,24 @@ def load_tasks(path: str | Path) -> list[Task]:
     seen: dict[str, int] = {}
     tasks = []
     for number, record in read_records(path):
-        task = task_from_record(record, f"{path}:{number}")
+        task = task_from_record(record, f"{path}:{number}", answered=answered)
         note_id(task.id, path, number, seen)
         tasks.append(task)
     return tasks
 
 
-def task_from_record(record: Record, where: str) -> Task:
-    """The task that a JSON object describes; `where` begins the text of an InputError."""
+def task_from_record(record: Record, where: str, *, answered: bool = True) -> Task:
+    """The task that a JSON object describes, with question and answers where it must be `answered`.
+
+    `where` begins the text of an InputError.
+    """
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise field_error(where, "kind", "a string", record)
     return Task(
         id=id_field(record, where),
-        question=text_field(record, "question", where),
-        answers=_answers(record, where),
+        question=text_field(record, "question", where) if answered or "question" in record else "",
+        answers=_answers(record, where) if answered or {"answer", "answers"} & record.keys() else (),
         kind=kind or "",
         metadata={name: value for name, value in record.items() if name not in _FIELDS},
     )

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,10 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     return dataclasses.replace(saved, **{name: asked[name] for name in RESUMABLE if name in asked})
 
 
+JUDGED_BY = ("exact_match", "success", "environment_return")
+"""By which metric of a validation the best checkpoint is chosen: the first that there is."""
+
+
 def start_policy(config: TrainConfig) -> Policy:
     """The policy that a run begins with, with a fresh adapter where LoRA is asked for."""
     policy = load_policy(config.start)
@@ -192,7 +197,7 @@ class _Run:
         self.reference = self._reference()
         self.step = 0
         self.saved_step = 0
-        self.best = -1.0
+        self.best = -sys.float_info.max
         self.validation: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
@@ -322,7 +327,7 @@ class _Run:
         pairs = [pair for group in drawn.played for pair in group]
         by_id = {task.id: task for task, _ in pairs}
         metrics = {
-            **mean_metrics(pairs, config.protocol),
+            **mean_metrics(pairs, config.tag_protocol),
             **judge_metrics(pairs),
             **_reward_means(finished),
             **_credit_metrics(credited),
@@ -391,10 +396,11 @@ class _Run:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
-        self.validation = {**mean_metrics(pairs, self.config.protocol), **judge_metrics(pairs)}
+        self.validation = {**mean_metrics(pairs, self.config.tag_protocol), **judge_metrics(pairs)}
         self._log(self.validation, display, split="validation")
-        if self.validation.get("exact_match", -1.0) > self.best:
-            self.best = self.validation["exact_match"]
+        found = next((self.validation[name] for name in JUDGED_BY if name in self.validation), None)
+        if found is not None and found > self.best:
+            self.best = found
             save_best(self.config.out, self.policy)
 
     def _log(
