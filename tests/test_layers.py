@@ -16,6 +16,8 @@ LAYERS = [
     "errors",
     "types",
     "metrics",
+    "records",
+    "formats",
     "tasks",
     "convert",
     "tools",
