@@ -16,6 +16,7 @@ from turnwise.judge import JudgeConfig
 from turnwise.protocols import ProtocolName, protocol_named
 from turnwise.rewards import DEFAULT_WEIGHTS, JUDGED
 from turnwise.rollout import check_branches
+from turnwise.tasks import parse_columns
 
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
@@ -31,6 +32,7 @@ BRANCHING = tuple(name for name in ESTIMATORS if "node" in NEEDS.get(name, ()))
 DISCOUNTED = ("grpo-mr", "turn-rloo", *CRITIC_METHODS)
 """Those that take `gamma`."""
 CRITICS = ("own", "shared")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 AGGREGATIONS = ("sequence-mean", "token-mean", "turn-mean", "constant")
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
@@ -69,9 +71,12 @@ class TrainConfig:
     policy: str = "embedded"
     """The start: "embedded" (the one for the protocol), or a checkpoint folder."""
     tasks: str = ATLAS
-    """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
+    """Training questions: "atlas", "atlas-two-hop", a file of JSON lines, a JSON list or Parquet, or a data set
+    hf:NAME[:CONFIG][:SPLIT] (docs/data.md)."""
     validation_tasks: str | None = None
     """Validation questions; by default the atlas's held-out ones, or a tenth of the training file."""
+    columns: str | None = None
+    """Which columns of the files of questions hold ours, where they have other names: question=prompt,answers=gold."""
     corpus: str = ATLAS
     """What the search tool searches: "atlas", a JSON-lines file, or a folder of text files."""
     tools: Path | None = None
@@ -159,6 +164,8 @@ class TrainConfig:
     """Steps between checkpoints that `--resume` can continue from."""
     log_groups: int = 2
     """Groups of rollouts that every step writes to rollouts.jsonl."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where metrics go beside metrics.jsonl (docs/data.md)."""
     threads: int = 0
     """Cores to use; 0 leaves torch its own choice. A small policy computes as many parts of a step at once."""
 
@@ -185,6 +192,9 @@ class TrainConfig:
         if self.token_budget is not None:
             _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
         protocol_named(self.protocol)
+        self._check_columns()
+        if self.tracker is not None and self.tracker not in TRACKERS:
+            raise unknown_name("tracker", self.tracker, TRACKERS)
         _check_weights(self.reward_weights)
         self._check_judge()
         if self.minibatches > self.tasks_per_step:
@@ -199,6 +209,16 @@ class TrainConfig:
             value = getattr(self, field.name)
             if field.type in (Path, Path | None) and isinstance(value, str):
                 object.__setattr__(self, field.name, Path(value))
+
+    def _check_columns(self) -> None:
+        """Raises ConfigError for columns that are no mapping, and for those of the embedded world."""
+        if self.columns is None:
+            return
+        parse_columns(self.columns)
+        if self.tasks in ATLAS_HOPS and self.validation_tasks in (None, *ATLAS_HOPS):
+            raise ConfigError(
+                f"columns must go with a file of questions; tasks are {self.tasks!r}; name a file, or leave columns out"
+            )
 
     def _check_critic(self) -> None:
         """Raises ConfigError for discounts out of range, and for options of critics where there is none."""
@@ -243,6 +263,11 @@ class TrainConfig:
             raise ConfigError(
                 f"{given[0].replace('_', '-')} must come with a judge; there is no judge-url; name the endpoint"
             )
+
+    @property
+    def column_names(self) -> dict[str, str] | None:
+        """The mapping that `columns` writes."""
+        return parse_columns(self.columns) if self.columns else None
 
     @property
     def start(self) -> str:

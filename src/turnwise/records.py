@@ -24,6 +24,8 @@ DATA_EXTRA = 'pip install "turnwise[data]"'
 CONTAINERS = ("Data", "data")
 """Under which names TriviaQA's and SQuAD's own files keep their list."""
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(\[.*\])?")
+_COLON = re.compile(r":(?![^\[]*\])")
+"""A colon that is not inside the brackets of a split such as train[:100]."""
 _SAVED = ("dataset_dict.json", "state.json")
 """What a data set that was saved to a folder has there."""
 
@@ -165,7 +167,7 @@ def hub_parts(source: str) -> tuple[str, str | None, str | None]:
 
     Raises InputError where there is no name or there are more parts.
     """
-    name, *parts = source.removeprefix(HUB).split(":")
+    name, *parts = _COLON.split(source.removeprefix(HUB))
     if not name or len(parts) > 2:
         raise InputError(f"a data set must be {HUB}NAME[:CONFIG][:SPLIT]; got {source!r}; write for example hf:squad")
     if len(parts) == 1 and _SPLIT.fullmatch(parts[0]):

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from turnwise import atlas
 from turnwise.atlas.world import hash_rank
@@ -97,14 +96,14 @@ def make_tools(config: TrainConfig, tasks: Sequence[Task]) -> Mapping[str, Tool]
     return {tool.name: tool}
 
 
-def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:
-    """The atlas's questions of a split, or a file's.
+def named_tasks(source: str, split: atlas.Split, columns: Mapping[str, str] | None = None) -> Sequence[Task]:
+    """The atlas's questions of a split, or a file's, whose `columns` may have other names.
 
     Training asks about the entities that `ASKED_SHARE` leaves; the second fact of a two-hop question
     may be any entity's of the training split.
     """
     if source not in ATLAS_HOPS:
-        return load_tasks(Path(source))
+        return load_tasks(source, columns=columns, split=split)
     hops = ATLAS_HOPS[source]
     if split != "train":
         return atlas.tasks(split, hops=hops)
@@ -113,18 +112,23 @@ def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:
 
 
 def _tasks(config: TrainConfig) -> tuple[Sequence[Task], Sequence[Task]]:
-    train = named_tasks(config.tasks, "train")
+    columns = config.column_names
+    train = named_tasks(config.tasks, "train", columns)
     if config.validation_tasks:
-        validation = named_tasks(config.validation_tasks, "validation")
+        validation = named_tasks(config.validation_tasks, "validation", columns)
     elif config.tasks in ATLAS_HOPS:
         validation = named_tasks(config.tasks, "validation")
     else:
-        held = {t.id for t in train if hash_rank("validation", t.id) / 2**64 < VALIDATION_SHARE}
-        validation = [task for task in train if task.id in held]
-        train = [task for task in train if task.id not in held]
+        train, validation = held_out(train)
     if not train or not validation:
         raise InputError(
             f"there must be questions to train and to validate on; got {len(train)} and {len(validation)}; give "
             "a larger file, or name --validation-tasks"
         )
     return train, validation
+
+
+def held_out(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """The tasks to train on and those that are held out for validation, by a hash of their ids."""
+    held = {t.id for t in tasks if hash_rank("validation", t.id) / 2**64 < VALIDATION_SHARE}
+    return [task for task in tasks if task.id not in held], [task for task in tasks if task.id in held]

@@ -100,7 +100,7 @@ def _tasks_of(record: Record, kind: Any, columns: Mapping[str, str] | None, wher
 
 def parse_columns(text: str) -> dict[str, str]:
     """The mapping that `question=prompt,answers=gold` writes; ConfigError for any other text."""
-    pairs = [part.partition("=") for part in text.split(",")]
+    pairs = [part.partition("=") for part in str(text).split(",")]
     names = [ours.strip() for ours, _, _ in pairs]
     for (_, equals, theirs), ours in zip(pairs, names, strict=True):
         if not equals or not theirs.strip() or ours not in MAPPED or names.count(ours) > 1:
