@@ -48,6 +48,7 @@ LAYERS = [
     "crediting",
     "learning",
     "watch",
+    "trackers",
     "training",
     "warmup",
     "search_warmup",

@@ -51,6 +51,7 @@ from turnwise.rundir import (
     write_config,
 )
 from turnwise.setting import Setting, make_setting
+from turnwise.trackers import check_tracker, tracking
 from turnwise.types import Rollout, Task
 from turnwise.watch import new_warnings
 
@@ -93,6 +94,7 @@ def train(
     config = dataclasses.replace(config, **options) if config else TrainConfig(**options)
     if resume:
         config = resumed_config(config, given=options)
+    check_tracker(config.tracker)
     if config.threads:
         torch.set_num_threads(config.threads)
     setting = make_setting(config)
@@ -103,11 +105,23 @@ def train(
         write_config(config.out, config)
     else:
         create_run(config.out, config)
-    with _interruptible() as interrupted:
-        return run.play_out(display, interrupted)
+    with tracking(config, after=run.step if resume else None) as tracker, _interruptible() as interrupted:
+        return run.play_out(_Displays(tracker, display), interrupted)
 
 
-RESUMABLE = ("out", "steps", "token_budget", "threads")
+class _Displays:
+    """Several displays as one; None is none."""
+
+    def __init__(self, *displays: Display | None) -> None:
+        self.displays = [display for display in displays if display]
+
+    def show(self, record: Record) -> None:
+        """Shows the record everywhere."""
+        for display in self.displays:
+            display.show(record)
+
+
+RESUMABLE = ("out", "steps", "token_budget", "threads", "tracker")
 """The options that may change where a run goes on."""
 
 
@@ -115,7 +129,8 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     """The configuration of the run in `config.out`, with what may change of the options that were asked for.
 
     Asked for are those in `given` and those that are not at their defaults. A run may go on with more steps, a larger
-    token budget, in another place, and on other cores; its other options hold. Raises ConfigError for one that differs.
+    token budget, in another place, on other cores, and with another tracker; its other options hold. Raises
+    ConfigError for one that differs.
     """
     saved = read_config(config.out)
     defaults = TrainConfig()
