@@ -173,6 +173,17 @@ def check_answers_in_corpus(tasks: Sequence[Task], texts: Iterable[str]) -> floa
     """
     if not tasks:
         raise InputError("the tasks must be at least one; got none; give a file with questions")
+    answered = answered_in(tasks, texts)
+    if not answered:
+        raise InputError(
+            f"the corpus must hold an answer of at least one task; it holds none of {len(tasks)} "
+            f"tasks, such as {tasks[0].answers[0]!r}; give the corpus that belongs to the questions"
+        )
+    return len(answered) / len(tasks)
+
+
+def answered_in(tasks: Sequence[Task], texts: Iterable[str]) -> set[int]:
+    """The tasks, by position, with an answer that some text holds as whole words, case ignored."""
     open_answers: Answers = {}
     answered: set[int] = set()
     for number, text in enumerate(texts):
@@ -181,12 +192,7 @@ def check_answers_in_corpus(tasks: Sequence[Task], texts: Iterable[str]) -> floa
         answered |= _answered(_words(text), open_answers)
         if len(answered) == len(tasks):
             break
-    if not answered:
-        raise InputError(
-            f"the corpus must hold an answer of at least one task; it holds none of {len(tasks)} "
-            f"tasks, such as {tasks[0].answers[0]!r}; give the corpus that belongs to the questions"
-        )
-    return len(answered) / len(tasks)
+    return answered
 
 
 Answers = dict[str, dict[int, dict[tuple[str, ...], set[int]]]]
