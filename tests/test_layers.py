@@ -17,7 +17,7 @@ LAYERS = [
     "types",
     "metrics",
     "records",
-    "formats",
+    "question_sets",
     "tasks",
     "convert",
     "tools",
@@ -54,6 +54,7 @@ LAYERS = [
     "search_warmup",
     "compare",
     "report",
+    "inspection",
     "display",
     "cli",
 ]

@@ -264,6 +264,45 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
     return train
 
 
+def _inspect_command(args: Sequence[str]) -> Callable[..., int]:
+    """`turnwise inspect`, with the options and the file of `turnwise train`."""
+    import tyro
+
+    from turnwise.config import TrainConfig
+
+    default = _file_config(args)
+
+    def inspect(
+        file: Path | None = None,
+        /,
+        *,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        json: bool = False,
+    ) -> int:
+        """Look at what training would train on: prompts as the policy sees them, token counts, what search finds.
+
+        Args:
+            file: A TOML or JSON file of the options below, or a run's config.json; it comes first.
+            config: The options of `turnwise train`.
+            json: Write the findings as JSON.
+        """
+        _check_file_first(file, args)
+        return _inspect(config, as_json=json)
+
+    return inspect
+
+
+def _inspect(config: Any, *, as_json: bool) -> int:
+    """Prints what there is to see; 2 where training would not start."""
+    import json
+
+    from turnwise.inspection import inspect_tasks, inspection_lines
+
+    found = inspect_tasks(config)
+    print(json.dumps(found, indent=1) if as_json else "\n".join(inspection_lines(found)))
+    return 2 if found["problems"] else 0
+
+
 def _given(args: Sequence[str]) -> list[str]:
     """The options that stand on the command line, by their names in the configuration."""
     flags = [arg.split("=")[0] for arg in args if arg.startswith("--")]
@@ -682,6 +721,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("train a policy and leave a run directory", build=_train_command),
+    "inspect": Command("look at questions as the policy will see them, before training", build=_inspect_command),
     "eval": Command("measure a policy on questions, with intervals", evaluate),
     "ask": Command("ask a policy a question and watch it work", ask),
     "report": Command("table, curves and the credit of every turn, from runs", report),

@@ -1,7 +1,7 @@
 """From the public question sets to task files, and their passages to a corpus file.
 
-The formats are those of `turnwise.formats`; the sources those of `turnwise.records`. SQuAD's, HotpotQA's, 2Wiki's and
-MuSiQue's records hold passages.
+The formats are those of `turnwise.question_sets`, the sources those of `turnwise.records`. SQuAD's, HotpotQA's, 2Wiki's
+and MuSiQue's records hold passages.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from turnwise.errors import InputError, RunError, unknown_name
-from turnwise.formats import FORMATS, Format, Passage, Question, questions_of, recognised
+from turnwise.question_sets import FORMATS, Format, Passage, Question, questions_of, recognised
 from turnwise.records import note_id, read_rows, shown
 from turnwise.tasks import task_line
 from turnwise.types import Task

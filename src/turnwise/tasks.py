@@ -3,8 +3,8 @@
     {"id": "q1", "question": "What is the capital of Kenya?", "answers": ["Nairobi"]}
 
 `answers` may be one string and may be called `answer`; `kind` is optional, and `id` too where no record has one; every
-other field becomes the task's metadata. Records of the public question sets are read as they are (`turnwise.formats`),
-and columns of other names by a mapping. Where records come from, `turnwise.records` says.
+other field becomes the task's metadata. Records of the public question sets are read as they are
+(`turnwise.question_sets`), and columns of other names by a mapping. Where records come from, `turnwise.records` says.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from turnwise.errors import ConfigError, InputError
-from turnwise.formats import questions_of, recognised
+from turnwise.question_sets import questions_of, recognised
 from turnwise.records import Record, field_error, id_field, note_id, read_rows, text_field
 from turnwise.types import Task
 
@@ -31,15 +31,18 @@ _WORD = re.compile(r"\w+")
 # ---------------------------------------------------------------------------------- tasks
 
 
-def load_tasks(source: str | Path, *, columns: Mapping[str, str] | None = None, split: str = "train") -> list[Task]:
+def load_tasks(
+    source: str | Path, *, columns: Mapping[str, str] | None = None, split: str = "train", answered: bool = True
+) -> list[Task]:
     """The tasks of a source, in its order; questions that it marks as unanswerable are left out.
 
     `source` is a file of JSON lines, a JSON list or Parquet, or a data set, of which `split` is taken where the
     source names none. `columns` says for our fields which of theirs hold them, a dot leading into a nested one.
+    Without `answered`, plain records need neither question nor answers: their environment knows what is right.
     Raises InputError, naming where and the field, for a record that is no task, an id that comes twice, and a source
     without tasks.
     """
-    return read_tasks(source, columns=columns, split=split).tasks
+    return read_tasks(source, columns=columns, split=split, answered=answered).tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,12 @@ class TaskSource:
 
 
 def read_tasks(
-    source: str | Path, *, columns: Mapping[str, str] | None = None, split: str = "train", tolerant: bool = False
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    answered: bool = True,
+    tolerant: bool = False,
 ) -> TaskSource:
     """As `load_tasks`, and what is left out; `tolerant` collects the faults of records instead of raising them."""
     seen: dict[str, str] = {}
@@ -68,7 +76,7 @@ def read_tasks(
             kind = None if columns else recognised(record)
             numbered = "id" not in record and "id" not in (columns or {})
         try:
-            found = _tasks_of(record, kind, columns, where)
+            found = _tasks_of(record, kind, columns, where, answered=answered)
             for task in filter(None, found):
                 tasks.append(_with_id(task, record, where, number if numbered else None, seen))
             skipped += found.count(None)
@@ -90,12 +98,14 @@ def _with_id(task: Task, record: Record, where: str, number: int | None, seen: d
     return named
 
 
-def _tasks_of(record: Record, kind: Any, columns: Mapping[str, str] | None, where: str) -> list[Task | None]:
+def _tasks_of(
+    record: Record, kind: Any, columns: Mapping[str, str] | None, where: str, *, answered: bool
+) -> list[Task | None]:
     """A record's tasks; None for a question that is marked as unanswerable. Without an id, a plain one's is blank."""
     if kind:
         return [task for task, _, _ in questions_of(record, kind, where)]
     record = _mapped(record, columns, where) if columns else record
-    return [task_from_record(record, where)]
+    return [task_from_record(record, where, answered=answered)]
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -128,18 +138,18 @@ def _column(record: Record, column: str, where: str) -> Any:
     return value
 
 
-def task_from_record(record: Record, where: str) -> Task:
-    """The task that a plain JSON object describes; `where` begins the text of an InputError.
+def task_from_record(record: Record, where: str, *, answered: bool = True) -> Task:
+    """The task that a plain JSON object describes, with question and answers where it must be `answered`.
 
-    The id is blank where the record has no such field; a task that is used has one.
+    `where` begins the text of an InputError. The id is blank where the record has no such field.
     """
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise field_error(where, "kind", "a string", record)
     return Task(
         id=id_field(record, where) if "id" in record else "",
-        question=text_field(record, "question", where),
-        answers=_answers(record, where),
+        question=text_field(record, "question", where) if answered or "question" in record else "",
+        answers=_answers(record, where) if answered or {"answer", "answers"} & record.keys() else (),
         kind=kind or "",
         metadata={name: value for name, value in record.items() if name not in _FIELDS},
     )

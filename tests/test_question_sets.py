@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from turnwise.errors import ConfigError, InputError
-from turnwise.formats import FORMATS, recognised
+from turnwise.question_sets import FORMATS, recognised
 from turnwise.tasks import PLAIN, load_tasks, parse_columns, read_tasks
 from turnwise.types import Task
 
