@@ -213,12 +213,12 @@ def serve_search(*, corpus: str = "atlas", host: str = "127.0.0.1", port: int = 
 
 
 def convert(source: Path, out: Path, /, *, format: str = "auto") -> None:
-    """Make a task file and a corpus from TriviaQA's, SQuAD's, HotpotQA's or MuSiQue's own files.
+    """Make a task file and a corpus from a public question set.
 
     Args:
-        source: The question set's file.
+        source: The question set's file, or hf:NAME[:CONFIG][:SPLIT].
         out: Task file to write, NAME.jsonl or NAME.jsonl.gz; passages go to NAME.corpus.jsonl.gz.
-        format: triviaqa, squad, hotpotqa, musique, or auto.
+        format: triviaqa, squad, hotpotqa, musique, popqa, bamboogle, gsm8k, flashrag, or auto.
     """
     from turnwise.convert import FORMATS
     from turnwise.convert import convert as converted
