@@ -59,7 +59,7 @@ def test_paths_weights_and_names_survive_json():
         ("reward_weights", "exact_match", "must be a table"),
         ("columns", "question=prompt", "columns must go with a file of questions; tasks are 'atlas'"),
         ("columns", "question:prompt", "columns must be pairs such as question=prompt,answers=gold"),
-        ("columns", {"question": "prompt"}, "columns must be pairs"),
+        ("columns", {"question": "prompt"}, "columns in file must be a text"),
         ("tracker", "wandbb", "tracker must be a known name; got 'wandbb'; did you mean wandb"),
         ("exact_match", "squadd", "did you mean squad"),
         ("branches", [4, 0], r"branches must be whole numbers >= 1, one per turn; got \(4, 0\)"),
