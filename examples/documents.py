@@ -55,7 +55,7 @@ def write_questions(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="documents-"))
     documents, questions, run = folder / "notes", folder / "questions.jsonl", folder / "run"

@@ -49,7 +49,7 @@ TOOLS = [search]
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=14)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="own-tools-"))
     questions = folder / "questions.jsonl"
