@@ -217,12 +217,12 @@ def serve_search(*, corpus: str = "atlas", host: str = "127.0.0.1", port: int = 
 
 
 def convert(source: Path, out: Path, /, *, format: str = "auto") -> None:
-    """Make a task file and a corpus from TriviaQA's, SQuAD's, HotpotQA's or MuSiQue's own files.
+    """Make a task file and a corpus from a public question set.
 
     Args:
-        source: The question set's file.
+        source: The question set's file, or hf:NAME[:CONFIG][:SPLIT].
         out: Task file to write, NAME.jsonl or NAME.jsonl.gz; passages go to NAME.corpus.jsonl.gz.
-        format: triviaqa, squad, hotpotqa, musique, or auto.
+        format: triviaqa, squad, hotpotqa, musique, popqa, bamboogle, gsm8k, flashrag, or auto.
     """
     from turnwise.convert import FORMATS
     from turnwise.convert import convert as converted
@@ -302,6 +302,45 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
         return _train(config, resume=resume, given=_given(args))
 
     return train
+
+
+def _inspect_command(args: Sequence[str]) -> Callable[..., int]:
+    """`turnwise inspect`, with the options and the file of `turnwise train`."""
+    import tyro
+
+    from turnwise.config import TrainConfig
+
+    default = _file_config(args)
+
+    def inspect(
+        file: Path | None = None,
+        /,
+        *,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        json: bool = False,
+    ) -> int:
+        """Look at what training would train on: prompts as the policy sees them, token counts, what search finds.
+
+        Args:
+            file: A TOML or JSON file of the options below, or a run's config.json; it comes first.
+            config: The options of `turnwise train`.
+            json: Write the findings as JSON.
+        """
+        _check_file_first(file, args)
+        return _inspect(config, as_json=json)
+
+    return inspect
+
+
+def _inspect(config: Any, *, as_json: bool) -> int:
+    """Prints what there is to see; 2 where training would not start."""
+    import json
+
+    from turnwise.inspection import inspect_tasks, inspection_lines
+
+    found = inspect_tasks(config)
+    print(json.dumps(found, indent=1) if as_json else "\n".join(inspection_lines(found)))
+    return 2 if found["problems"] else 0
 
 
 def _given(args: Sequence[str]) -> list[str]:
@@ -907,6 +946,7 @@ class Command:
 
 COMMANDS = {
     "train": Command("train a policy and leave a run directory", build=_train_command),
+    "inspect": Command("look at questions as the policy will see them, before training", build=_inspect_command),
     "eval": Command("measure a policy on questions, with intervals", evaluate),
     "ask": Command("ask a policy a question and watch it work", ask),
     "serve": Command("serve a run's agent as an OpenAI-compatible chat endpoint", serve),

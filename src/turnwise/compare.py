@@ -285,6 +285,9 @@ class _Lines:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
+    def say(self, text: str) -> None:
+        print(f"{self.config.estimator:8} seed {self.config.seed}  {text}", flush=True)
+
     def show(self, record: Mapping[str, Any]) -> None:
         step, metrics = record["step"], record["metrics"]
         for warning in record.get("warnings", ()):

@@ -16,6 +16,7 @@ from turnwise.judge import JudgeConfig
 from turnwise.protocols import NATIVE, ProtocolName, protocol_named
 from turnwise.rewards import BUILT_IN, DEFAULT_WEIGHTS, ENVIRONMENT_WEIGHTS, JUDGED, OF_RECORDS
 from turnwise.rollout import check_branches
+from turnwise.tasks import parse_columns
 
 ENGINES = ("hf", "vllm")
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
@@ -35,6 +36,7 @@ BRANCHING = tuple(name for name in ESTIMATORS if "node" in NEEDS.get(name, ()))
 DISCOUNTED = ("grpo-mr", "turn-rloo", *CRITIC_METHODS)
 """Those that take `gamma`."""
 CRITICS = ("own", "shared")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 AGGREGATIONS = ("sequence-mean", "token-mean", "turn-mean", "constant")
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
@@ -86,9 +88,12 @@ class TrainConfig:
     lora_targets: tuple[str, ...] = ()
     """Names of the layers beside which LoRA learns; by default all linear layers but the output layer."""
     tasks: str = ATLAS
-    """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
+    """Training questions: "atlas", "atlas-two-hop", a file of JSON lines, a JSON list or Parquet, or a data set
+    hf:NAME[:CONFIG][:SPLIT] (docs/data.md)."""
     validation_tasks: str | None = None
     """Validation questions; by default the atlas's held-out ones, or a tenth of the training file."""
+    columns: str | None = None
+    """Which columns of the files of questions hold ours, where they have other names: question=prompt,answers=gold."""
     corpus: str = ATLAS
     """What the search tool searches: "atlas", a JSON-lines file, or a folder of text files."""
     tools: str | None = None
@@ -193,6 +198,8 @@ class TrainConfig:
     """Steps between checkpoints that `--resume` can continue from."""
     log_groups: int = 2
     """Groups of rollouts that every step writes to rollouts.jsonl."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where metrics go beside metrics.jsonl (docs/data.md)."""
     threads: int = 0
     """Cores to use; 0 leaves torch its own choice. A small policy computes as many parts of a step at once."""
 
@@ -208,17 +215,16 @@ class TrainConfig:
             ("dtype", self.dtype, DTYPES),
             ("device", self.device, DEVICES),
             ("sampler-correction", self.sampler_correction, CORRECTIONS),
+            ("exact-match", self.exact_match, EXACT_MATCHES),
+            ("ratio", self.ratio, RATIOS),
+            ("tracker", self.tracker, (None, *TRACKERS)),
         ):
             if value not in known:
-                raise unknown_name(option, value, known)
+                raise unknown_name(option, value, [name for name in known if name])
         self._check_critic()
         self._check_engine()
         self._check_lora()
         self._check_sampling()
-        if self.exact_match not in EXACT_MATCHES:
-            raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
-        if self.ratio not in RATIOS:
-            raise unknown_name("ratio", self.ratio, RATIOS)
         if self.ratio == "sequence" and self.estimator not in ONE_PER_ROLLOUT:
             raise ConfigError(
                 f"ratio 'sequence' must go with an estimator that gives a whole rollout one advantage; got "
@@ -229,6 +235,7 @@ class TrainConfig:
             _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
         if self.protocol != NATIVE:
             protocol_named(self.protocol)
+        self._check_columns()
         _check_weights(self.reward_weights)
         self._check_environment()
         self._check_judge()
@@ -244,6 +251,16 @@ class TrainConfig:
             value = getattr(self, field.name)
             if field.type in (Path, Path | None) and isinstance(value, str):
                 object.__setattr__(self, field.name, Path(value))
+
+    def _check_columns(self) -> None:
+        """Raises ConfigError for columns that are no mapping, and for those of the embedded world."""
+        if self.columns is None:
+            return
+        parse_columns(self.columns)
+        if self.tasks in ATLAS_HOPS and self.validation_tasks in (None, *ATLAS_HOPS):
+            raise ConfigError(
+                f"columns must go with a file of questions; tasks are {self.tasks!r}; name a file, or leave columns out"
+            )
 
     def _check_critic(self) -> None:
         """Raises ConfigError for discounts out of range, and for options of critics where there is none."""
@@ -353,6 +370,11 @@ class TrainConfig:
             raise ConfigError(
                 f"{given[0].replace('_', '-')} must come with a judge; there is no judge-url; name the endpoint"
             )
+
+    @property
+    def column_names(self) -> dict[str, str] | None:
+        """The mapping that `columns` writes."""
+        return parse_columns(self.columns) if self.columns else None
 
     @property
     def start(self) -> str:

@@ -48,8 +48,8 @@ class DemonstrationConfig:
     """The policy that learns: "embedded" (the one for the protocol), or a checkpoint folder."""
     protocol: ProtocolName = "tools"
     """The format in which calls and results are written: "tools", "search", or "native", the policy's own."""
-    tools: Path | None = None
-    """The Python file of tools that a question's rules tell of; by default the search tool."""
+    tools: str | None = None
+    """The tools that a question's rules tell of, as `train` names them; by default the search tool."""
     corpus: str = "atlas"
     """What that search tool searches."""
     seed: int = 0

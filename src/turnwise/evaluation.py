@@ -36,6 +36,7 @@ from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, un
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.protocols import NATIVE, ProtocolName, protocol_named
+from turnwise.records import HUB
 from turnwise.rewards import (
     answer_presence,
     has_final_format,
@@ -604,7 +605,16 @@ def _chosen_tasks(
         return atlas.tasks(split, hops=hops), split if hops == 1 else f"two-hop-{split}"
     if split:
         raise ConfigError(f"split must be left out where tasks are a file, all of which is played; got {split!r}")
-    return load_tasks(tasks, answered=source is None), Path(tasks).name.split(".jsonl")[0]
+    own = str(tasks) in (config.tasks, config.validation_tasks)
+    columns = config.column_names if own else None
+    found = load_tasks(tasks, columns=columns, split="test", answered=source is None)
+    return found, source_name(str(tasks))
+
+
+def source_name(source: str) -> str:
+    """What a source of tasks is called in the name of a file."""
+    name = source.removeprefix(HUB) if source.startswith(HUB) else Path(source).name
+    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(jsonl?|parquet)(\.gz)?$", "", name)).strip("-.") or "tasks"
 
 
 def _setting(config: TrainConfig, tasks: Sequence[Task]) -> Setting:

@@ -343,6 +343,7 @@ def token_logprobs(
     states = token_states(model, batch) if states is None else states
     head = functools.partial(output_logits, model)
     with computing(model):
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = int(embeddings.weight.shape[0])
         logprobs, entropy = logprobs_of(head, states[places], tokens, temperature=temperature, vocabulary=vocabulary)
     return logprobs[inverse], entropy[inverse]

@@ -140,14 +140,14 @@ def make_tools(config: TrainConfig, tasks: Sequence[Task]) -> Mapping[str, Tool]
     return tools
 
 
-def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:
-    """The atlas's questions of a split, or a file's.
+def named_tasks(source: str, split: atlas.Split, columns: Mapping[str, str] | None = None) -> Sequence[Task]:
+    """The atlas's questions of a split, or a file's, whose `columns` may have other names.
 
     Training asks about the entities that `ASKED_SHARE` leaves; the second fact of a two-hop question
     may be any entity's of the training split.
     """
     if source not in ATLAS_HOPS:
-        return load_tasks(Path(source))
+        return load_tasks(source, columns=columns, split=split)
     hops = ATLAS_HOPS[source]
     if split != "train":
         return atlas.tasks(split, hops=hops)
@@ -155,7 +155,9 @@ def named_tasks(source: str, split: atlas.Split) -> Sequence[Task]:
     return [task for task in tasks if training_rank(task.metadata["entity"]) < ASKED_SHARE]
 
 
-def environment_tasks(source: Source, named: str, split: atlas.Split) -> Sequence[Task]:
+def environment_tasks(
+    source: Source, named: str, split: atlas.Split, columns: Mapping[str, str] | None = None
+) -> Sequence[Task]:
     """An environment's own tasks of a split, or those that are named: a file, which needs no answers, or the atlas's.
 
     `atlas`, which is what is named by default, stands for the environment's own.
@@ -164,12 +166,18 @@ def environment_tasks(source: Source, named: str, split: atlas.Split) -> Sequenc
         if source.tasks is None:
             raise ConfigError(f"tasks must be named, as {source.name} has none of its own; give --tasks FILE")
         return source.tasks(split)
-    return named_tasks(named, split) if named in ATLAS_HOPS else load_tasks(named, answered=False)
+    if named in ATLAS_HOPS:
+        return named_tasks(named, split)
+    return load_tasks(named, columns=columns, split=split, answered=False)
 
 
 def _tasks(config: TrainConfig, source: Source | None) -> tuple[Sequence[Task], Sequence[Task]]:
+    columns = config.column_names
+
     def named(name: str, split: atlas.Split) -> Sequence[Task]:
-        return environment_tasks(source, name, split) if source else named_tasks(name, split)
+        if source:
+            return environment_tasks(source, name, split, columns)
+        return named_tasks(name, split, columns)
 
     train = named(config.tasks, "train")
     if config.validation_tasks:
@@ -177,12 +185,16 @@ def _tasks(config: TrainConfig, source: Source | None) -> tuple[Sequence[Task], 
     elif config.tasks in ATLAS_HOPS:
         validation = named(config.tasks, "validation")
     else:
-        held = {t.id for t in train if hash_rank("validation", t.id) / 2**64 < VALIDATION_SHARE}
-        validation = [task for task in train if task.id in held]
-        train = [task for task in train if task.id not in held]
+        train, validation = held_out(train)
     if not train or not validation:
         raise InputError(
             f"there must be questions to train and to validate on; got {len(train)} and {len(validation)}; give "
             "a larger file, or name --validation-tasks"
         )
     return train, validation
+
+
+def held_out(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """The tasks to train on and those that are held out for validation, by a hash of their ids."""
+    held = {t.id for t in tasks if hash_rank("validation", t.id) / 2**64 < VALIDATION_SHARE}
+    return [task for task in tasks if task.id not in held], [task for task in tasks if task.id in held]

@@ -27,7 +27,7 @@ import numpy as np
 from turnwise.credit import ESTIMATORS, NEEDS, TOKEN_ESTIMATORS, TokenTable, TurnTable, turn_means, turn_table
 from turnwise.credit.table import LARGEST, Turns
 from turnwise.errors import InputError
-from turnwise.tasks import Record, read_lines, record_of_line
+from turnwise.records import Record, read_lines, record_of_line
 
 TURN_FIELDS = ("rewards", "text", "tokens", "value", "token_values", "anchor", "node")
 VERIFIERS_FIELDS = ("nodes", "task", "rewards")

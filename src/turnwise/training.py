@@ -57,6 +57,7 @@ from turnwise.rundir import (
     write_config,
 )
 from turnwise.setting import Setting, make_setting
+from turnwise.trackers import check_tracker, tracking
 from turnwise.types import Rollout, Task
 from turnwise.watch import new_warnings
 
@@ -103,6 +104,7 @@ def train(
     config = dataclasses.replace(config, **options) if config else TrainConfig(**options)
     if resume:
         config = resumed_config(config, given=options)
+    check_tracker(config.tracker)
     if config.threads:
         torch.set_num_threads(config.threads)
     setting = make_setting(config)
@@ -115,8 +117,25 @@ def train(
         create_run(config.out, config)
     if display and run.memory:
         display.say(run.memory.text())
-    with _interruptible() as interrupted:
-        return run.play_out(display, interrupted)
+    with tracking(config, after=run.step if resume else None) as tracker, _interruptible() as interrupted:
+        return run.play_out(_Displays(tracker, display), interrupted)
+
+
+class _Displays:
+    """Several displays as one; None is none."""
+
+    def __init__(self, *displays: Display | None) -> None:
+        self.displays = [display for display in displays if display]
+
+    def show(self, record: Record) -> None:
+        """Shows the record everywhere."""
+        for display in self.displays:
+            display.show(record)
+
+    def say(self, text: str) -> None:
+        """Says the line everywhere."""
+        for display in self.displays:
+            display.say(text)
 
 
 def planned_memory(config: TrainConfig) -> MemoryEstimate:
@@ -128,7 +147,7 @@ def planned_memory(config: TrainConfig) -> MemoryEstimate:
     return found or memory_estimate(policy.model, setting.config, lengths)
 
 
-RESUMABLE = ("out", "steps", "token_budget", "threads", "device")
+RESUMABLE = ("out", "steps", "token_budget", "threads", "device", "tracker")
 """The options that may change where a run goes on."""
 
 
@@ -136,8 +155,8 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     """The configuration of the run in `config.out`, with what may change of the options that were asked for.
 
     Asked for are those in `given` and those that are not at their defaults. A run may go on with more steps, a larger
-    token budget, in another place, and on other cores or another device; its other options hold. Raises ConfigError for
-    one that differs.
+    token budget, in another place, on other cores or another device, and with another tracker; its other options hold.
+    Raises ConfigError for one that differs.
     """
     saved = read_config(config.out)
     defaults = TrainConfig()
