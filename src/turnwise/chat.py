@@ -19,6 +19,28 @@ START = "<|im_start|>"
 END = "<|im_end|>"
 PAD = "<|endoftext|>"
 SPECIALS = (PAD, START, END)
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\n' -}}
+    {%- if message.role == 'tool' -%}
+        {{- '<result>\n' + message.content + '\n</result>' -}}
+    {%- else -%}
+        {{- message.content or '' -}}
+    {%- endif -%}
+    {%- for call in message.tool_calls or [] -%}
+        {{- '<tool>\n{"name": ' + call.function.name | tojson + ', "args": ' -}}
+        {{- call.function.arguments | tojson + '}\n</tool>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+"""
+"""The frame as a Jinja template, for tools that render conversations themselves.
+
+Tool calls and what they return are written in the tags of protocol `tools`. The tools' descriptions are not in it: they
+stand in the system message."""
 
 
 class Tokenizer(Protocol):

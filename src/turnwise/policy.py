@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
 from turnwise.batch import MicroBatch
-from turnwise.chat import BPETokenizer, Chat, load_chat
+from turnwise.chat import CHAT_TEMPLATE, BPETokenizer, Chat, load_chat
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.errors import InputError, RunError
 
@@ -135,7 +135,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     assert isinstance(tokenizer, BPETokenizer), "only a real tokenizer can be saved"
     tokenizer.backend.save(str(folder / "tokenizer.json"))
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
