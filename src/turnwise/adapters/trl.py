@@ -145,6 +145,8 @@ class TurnGRPOTrainer(GRPOTrainer):
         self.turn_reward_funcs = functions
         self._scored: _Scored | None = None
         super().__init__(*args, **options)
+        if isinstance(self.rollout_func, EnvironmentRollouts):
+            self.rollout_func.prepare(self)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         """TRL's outcome rewards, unchanged; notes what each row earned, per turn too."""
@@ -342,13 +344,26 @@ class EnvironmentRollouts:
         """TRL's keys for these prompts, one rollout each."""
         tasks = [self._task(prompt) for prompt in prompts]
         if self._chat is None:
-            self._chat, self._engine = trainer_chat(trainer), self._made_engine(trainer)
+            self.prepare(trainer)
+        assert self._chat is not None
         if isinstance(self._engine, HFEngine):
             self._engine.refresh(trainer.state.global_step)
         rollouts = awaited(self._played(tasks, trainer))
         self.calls += 1
         scored = [self.score(task, rollout) for task, rollout in zip(tasks, rollouts, strict=True)]
         return rollout_columns(scored, self._chat, logprobs=trainer.use_vllm)
+
+    def prepare(self, trainer: GRPOTrainer) -> None:
+        """Makes the engine over the trainer's model. ConfigError where it would not draw from the policy that learns."""
+        chat = trainer_chat(trainer)
+        if self.engine == "trl":
+            self._engine = TRLEngine(trainer, chat.end_id)
+        else:
+            _check_own_engine(trainer)
+            model: Any = trainer.accelerator.unwrap_model(trainer.model)
+            context = int(model.config.max_position_embeddings)
+            self._engine = HFEngine(model, stop_ids=[chat.end_id], max_context=context)
+        self._chat = chat
 
     def _task(self, prompt: Any) -> Task:
         task = self._tasks.get(_prompt_key(prompt))
@@ -358,16 +373,6 @@ class EnvironmentRollouts:
                 "make the dataset of `task_rows`"
             )
         return task
-
-    def _made_engine(self, trainer: GRPOTrainer) -> Engine:
-        assert self._chat is not None
-        if self.engine == "trl":
-            return TRLEngine(trainer, self._chat.end_id)
-        _check_own_engine(trainer)
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        return HFEngine(
-            model, stop_ids=[self._chat.end_id], max_context=int(model.config.max_position_embeddings)
-        )
 
     async def _played(self, tasks: Sequence[Task], trainer: GRPOTrainer) -> list[Rollout]:
         assert self._chat is not None
