@@ -192,3 +192,51 @@ def test_rewards_that_do_not_suit_are_the_users():
     rows = [CreditRow(group=0, tokens=(1,), turn_rewards=({"a": float("inf")},), outcome_rewards={})]
     with pytest.raises(InputError, match="the batch must suit mt-grpo"):
         row_credit(rows, "mt-grpo")
+
+
+# --------------------------------------------------------------------------------------------- the doctor
+
+
+def test_the_doctor_stops_at_the_first_failure_and_says_what_to_run(monkeypatch, capsys):
+    import importlib.metadata
+
+    from turnwise.cli import main
+
+    real = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == "trl":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0" if name in ("accelerate", "datasets") else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert main(["doctor", "trl"]) == 1
+    said = capsys.readouterr().out
+    assert said == 'FAILED  trl is not installed\nto mend it:  pip install "turnwise[trl]"\n'
+
+
+def test_the_doctor_knows_its_trainers(capsys):
+    from turnwise.cli import main
+
+    assert main(["doctor", "trk"]) == 2
+    assert "did you mean trl?" in capsys.readouterr().err
+
+
+def test_a_release_out_of_range_is_a_finding(monkeypatch):
+    import importlib.metadata
+
+    from turnwise.adapters import trl_checks
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.29.1")
+    assert trl_checks.releases().fix == 'pip install "trl>=1.8,<2"'
+    assert "cannot read tool calls" in trl_checks.tool_parsing().what
+
+
+def test_what_a_check_raises_is_a_finding():
+    from turnwise.adapters.doctor import run_check
+
+    def broken():
+        """The batch is whole."""
+        raise RuntimeError("no\nbatch")
+
+    assert run_check(broken).what == "The batch is whole. Failed: RuntimeError: no batch"
