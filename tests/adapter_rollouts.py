@@ -13,9 +13,9 @@ END = 2
 
 
 def awkward_rollouts(groups: int = 4, size: int = 4, *, seed: int = 0, singleton: bool = True) -> list[Rollout]:
-    """Rollouts of 1 to 3 turns of 1 to 4 tokens; some cut off; one group whose rewards are equal; one of a single one.
+    """Rollouts of 1 to 3 turns of 1 to 5 tokens; some cut off; one group whose rewards are equal; one of a single one.
 
-    Some rewards are absent, replies come again within a group, and one rollout of each group equals another.
+    Some rewards are absent, and replies come again within a group.
     """
     random = np.random.default_rng(seed)
     found = []
@@ -26,10 +26,11 @@ def awkward_rollouts(groups: int = 4, size: int = 4, *, seed: int = 0, singleton
             turns = []
             for k in range(count):
                 length = int(random.integers(1, 5))
-                ids = tuple([*random.integers(3, 40, length - 1).tolist(), END])
+                own = [50 + len(found)] if k == 0 else []  # no two rollouts are alike
+                ids = tuple([*own, *random.integers(3, 40, length - 1).tolist(), END])
                 reply = tuple(random.integers(3, 6, random.integers(1, 3)).tolist()) if k + 1 < count else ()
                 turns.append(
-                    Turn(action_ids=ids, sampling_logprobs=(-0.5,) * length, text="", action=Action(), reply_ids=reply)
+                    Turn(action_ids=ids, sampling_logprobs=(-0.5,) * len(ids), text="", action=Action(), reply_ids=reply)
                 )
             equal = group == 1
             rewards = tuple(

@@ -433,7 +433,8 @@ def rollout_columns(rollouts: Sequence[Rollout], chat: Chat, *, logprobs: bool =
 
 def rollout_return(prompts: Sequence[Any], **columns: Any) -> list[float]:
     """A reward function for TRL's logs: each rollout's turn rewards and outcome in one sum."""
-    turns, outcomes = columns["turn_rewards"], columns["outcome_rewards"]
+    none: list[Any] = [{}] * len(prompts)
+    turns, outcomes = columns.get("turn_rewards", [()] * len(prompts)), columns.get("outcome_rewards", none)
     return [
         sum(x for turn in own for x in turn.values()) + sum(outcome.values())
         for own, outcome in zip(turns, outcomes, strict=True)
