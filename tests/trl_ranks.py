@@ -7,6 +7,7 @@ from pathlib import Path
 
 warnings.simplefilter("ignore")
 
+import torch
 from adapter_rollouts import awkward_rollouts
 from test_adapters_trl import GROUP, batch_inputs, fixed_trainer
 
@@ -29,6 +30,8 @@ def main(checkpoint: str, out: str) -> None:
     mask = (batch["completion_mask"] * batch["tool_mask"]) > 0
     rows = [row[there].tolist() for row, there in zip(batch["advantages"], mask, strict=True)]
     (Path(out) / f"rank{rank}.json").write_text(json.dumps(rows))
+    own.accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def main(out: str, engine: str = "own", generations: str = "8") -> None:
         Path(out).mkdir(parents=True, exist_ok=True)
         lines = [line for line in trainer.state.log_history if "reward" in line]
         (Path(out) / "log.json").write_text(json.dumps(lines))
+    if torch.distributed.is_initialized():
+        trainer.accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

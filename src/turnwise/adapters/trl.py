@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import importlib.metadata
 import inspect
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,12 +34,14 @@ from turnwise.adapters.rows import (
     row_credit,
     token_advantages,
 )
-from turnwise.chat import BPETokenizer, Chat
+from turnwise import search_tags
+from turnwise.chat import CHAT_TEMPLATE, END, START, BPETokenizer, Chat
 from turnwise.credit import NEEDS, ONE_PER_ROLLOUT
 from turnwise.engine import Completion, Engine, Sampling
 from turnwise.engines.hf import HFEngine
 from turnwise.env import Environment
 from turnwise.errors import ConfigError, InputError
+from turnwise.protocols import ProtocolName, protocol_named
 from turnwise.rollout import Limits, awaited, rollout_seed, run_rollout
 from turnwise.setting import Setting
 from turnwise.types import Message, Rollout, Task
@@ -151,8 +154,13 @@ class TurnGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         """TRL's outcome rewards, unchanged; notes what each row earned, per turn too."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._scored = self._noted(inputs, prompts, completions, completion_ids_list, rewards)
+        return rewards
+
+    def _noted(self, inputs: Any, prompts: Any, completions: Any, completion_ids: Any, rewards: Any) -> _Scored:
+        """What this process's rollouts earned."""
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        columns |= {"completion_ids": completion_ids_list, "trainer_state": self.state}
+        columns |= {"completion_ids": completion_ids, "trainer_state": self.state}
         if self.environments is not None:
             columns["environments"] = self.environments
         own = self.accelerator.process_index * len(prompts)
@@ -160,13 +168,12 @@ class TurnGRPOTrainer(GRPOTrainer):
         names = _distinct(self.reward_func_names)
         paid = [{name: x for name, x in zip(names, row, strict=True) if x == x} for row in weighted]  # NaN: absent
         said = [row.get("turn_rewards") for row in inputs]
-        self._scored = _Scored(
+        return _Scored(
             turn_rewards=_merged(said, self._turn_values(prompts, completions, columns)),
-            outcome_rewards=[row.get("outcome_rewards") or by_trl for row, by_trl in zip(inputs, paid, strict=True)],
+            outcome_rewards=[row.get("outcome_rewards", by_trl) for row, by_trl in zip(inputs, paid, strict=True)],
             turn_ids=[row["turn_ids"] for row in inputs] if "turn_ids" in inputs[0] else None,
             tasks=[repr(row.get("prompt")) for row in inputs],
         )
-        return rewards
 
     def _turn_values(self, prompts: Any, completions: Any, columns: Mapping[str, Any]) -> list[list[dict[str, float]]]:
         """Each completion's turns with what the functions gave them; empty lists without functions."""
@@ -192,17 +199,18 @@ class TurnGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's batch with advantages per token (B, T) instead of per rollout."""
-        batch = super()._generate_and_score_completions(inputs)
+        return self._with_turn_credit(super()._generate_and_score_completions(inputs))
+
+    def _with_turn_credit(self, batch: dict[str, Any]) -> dict[str, Any]:
         turn_ids, rows = self._credit_rows(batch)
         gathered: list[CreditRow | None] = gather_object(rows)
         credit = row_credit(gathered, self.estimator, self.estimator_options)
         first = self.accelerator.process_index * len(rows)
         found = token_advantages(turn_ids, credit.tokens[first : first + len(rows)])
         old = batch["advantages"]
-        batch["advantages"] = torch.as_tensor(found, dtype=old.dtype, device=old.device)
         self._log_credit(credit)
         self._scored = None
-        return batch
+        return {**batch, "advantages": torch.as_tensor(found, dtype=old.dtype, device=old.device)}
 
     def _credit_rows(self, batch: Mapping[str, Any]) -> tuple[np.ndarray, list[CreditRow | None]]:
         """This process's rows for credit; TRL's groups are the runs of `num_generations` over all processes."""
@@ -586,31 +594,43 @@ class TRLEngine:
 
 # ----------------------------------------------------------------- the policies that ship, with TRL's own tools
 
-TOOL_TAGS = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "reasoning_content": {"open": "<reasoning>", "close_pattern": r"</reasoning>\s*", "content": "text"},
-        "tool_calls": {
-            "open": "<tool>",
-            "close_pattern": r"</tool>\s*",
-            "repeats": True,
-            "content": "json",
-            "transform": {
-                "type": "function",
-                "function": {"name": "{content.name}", "arguments": "{content.args}"},
+
+
+def response_template(protocol: ProtocolName) -> dict[str, Any]:
+    """How transformers reads a message of a tag protocol, so that TRL's own tool loop finds its calls.
+
+    A call that cannot be read is text to TRL, and ends the rollout; our environments answer it with an error.
+    """
+    form = protocol_named(protocol)
+    called: dict[str, Any] = {"name": "{content.name}", "arguments": "{content.args}"}
+    if protocol == "search":
+        called = {"name": search_tags.TOOL_NAME, "arguments": {search_tags.ARGUMENT: "{content}"}}
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": f"{START}assistant\n",
+        "fields": {
+            "reasoning_content": {
+                "open": f"<{form.thinking}>",
+                "close_pattern": rf"</{form.thinking}>\s*",
+                "content": "text",
             },
+            "tool_calls": {
+                "open": f"<{form.calling}>",
+                "close_pattern": rf"</{form.calling}>\s*",
+                "repeats": True,
+                "content": "json" if protocol == "tools" else "text",
+                "transform": {"type": "function", "function": called},
+            },
+            "content": {"close_pattern": rf"{re.escape(END)}\s*", "content": "text"},
         },
-        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
-    },
-}
-"""A `response_template` that reads calls in the tags of protocol `tools`, for TRL's own tool loop (transformers >= 5.13)."""
+    }
 
 
-def tool_tokenizer(folder: Any) -> Any:
-    """The tokenizer of a checkpoint of ours, so that TRL's own tool loop reads its calls."""
+def tool_tokenizer(folder: Any, *, protocol: ProtocolName = "tools") -> Any:
+    """The tokenizer of a checkpoint of ours for TRL's own tool loop, in a tag protocol."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
-    tokenizer.response_template = TOOL_TAGS
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("result>", f"{protocol_named(protocol).returned}>")
+    tokenizer.response_template = response_template(protocol)
     return tokenizer
