@@ -4,8 +4,8 @@
 
 Two turns: the embedded policy after a few native steps, so that it calls its tool. Three turns: the embedded agent that
 searches several times, on two-hop questions. Steps alternate between the trainers; rates are 0, so that all draw from
-one policy. Seconds are the process's own CPU time on one thread, medians over steps. "TRL" is its own generation and tool
-loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's share is what `TurnGRPOTrainer` does
+one policy. Seconds are the process's own CPU time on one thread, medians over steps. "TRL" is its own generation and
+tool loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's share is what `TurnGRPOTrainer` does
 beside TRL's own work.
 """
 
@@ -22,8 +22,6 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
-
-warnings.simplefilter("ignore")
 
 import torch
 import transformers
@@ -177,6 +175,7 @@ def compare(name: str, start: Path, config: TrainConfig, options: argparse.Names
 
 
 def main() -> None:
+    warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tasks", type=int, default=8)

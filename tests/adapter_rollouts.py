@@ -1,4 +1,4 @@
-"""A step of rollouts that is awkward in every way, natively and as a trainer's padded arrays; for the adapters' tests."""
+"""A step of awkward rollouts, natively and as a trainer's padded arrays; for the adapters' tests."""
 
 import dataclasses
 from typing import Any
@@ -30,11 +30,14 @@ def awkward_rollouts(groups: int = 4, size: int = 4, *, seed: int = 0, singleton
                 ids = tuple([*own, *random.integers(3, 40, length - 1).tolist(), END])
                 reply = tuple(random.integers(3, 6, random.integers(1, 3)).tolist()) if k + 1 < count else ()
                 turns.append(
-                    Turn(action_ids=ids, sampling_logprobs=(-0.5,) * len(ids), text="", action=Action(), reply_ids=reply)
+                    Turn(
+                        action_ids=ids, sampling_logprobs=(-0.5,) * len(ids), text="", action=Action(), reply_ids=reply
+                    )
                 )
             equal = group == 1
             rewards = tuple(
-                {"tool": 0.2 if equal else float(random.integers(0, 4)) / 5} | ({"hit": 0.5} if k % 2 and not equal else {})
+                {"tool": 0.2 if equal else float(random.integers(0, 4)) / 5}
+                | ({"hit": 0.5} if k % 2 and not equal else {})
                 if k + 1 < count
                 else {}
                 for k in range(count)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from adapter_rollouts import awkward_rollouts, critic_values, native_advantages, padded_rollouts, shuffled
 from numpy.testing import assert_allclose, assert_array_equal
 
+from adapter_rollouts import awkward_rollouts, critic_values, native_advantages, padded_rollouts, shuffled
 from turnwise.adapters.rows import (
     TREES,
     WITH_CRITIC,

@@ -34,7 +34,6 @@ with warnings.catch_warnings():
     )
 
 from adapter_rollouts import awkward_rollouts, native_advantages
-
 from turnwise.adapters.doctor import failed, run_check
 from turnwise.adapters.rows import WITHOUT_CRITIC
 from turnwise.adapters.trl_checks import CHECKS

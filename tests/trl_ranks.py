@@ -5,14 +5,14 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.simplefilter("ignore")
-
 import torch
+
 from adapter_rollouts import awkward_rollouts
 from test_adapters_trl import GROUP, batch_inputs, fixed_trainer
 
 
 def main(checkpoint: str, out: str) -> None:
+    warnings.simplefilter("ignore")
     step = awkward_rollouts(3, GROUP, singleton=False, seed=5)
     own = fixed_trainer(step, Path(checkpoint), Path(out), per_device_train_batch_size=len(step) // 2)
     rank = own.accelerator.process_index

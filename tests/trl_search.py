@@ -1,14 +1,12 @@
 """The atlas's search task trained by TRL from the policy that ships; prints what was logged as a line of JSON.
 
-    torchrun --standalone --nproc-per-node 2 tests/trl_search.py OUT [ENGINE] [GENERATIONS]
+torchrun --standalone --nproc-per-node 2 tests/trl_search.py OUT [ENGINE] [GENERATIONS]
 """
 
 import json
 import sys
 import warnings
 from pathlib import Path
-
-warnings.simplefilter("ignore")
 
 import torch
 from trl import GRPOConfig
@@ -23,6 +21,7 @@ UPDATES = 4
 
 
 def main(out: str, engine: str = "own", generations: str = "8") -> None:
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     trainer = TurnGRPOTrainer(
         str(embedded_checkpoint()),

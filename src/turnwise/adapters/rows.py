@@ -131,7 +131,7 @@ def dense_rewards(
     """
     if rewards.shape != turn_ids.shape:
         raise InputError(
-            f"dense rewards must have the shape of the action mask, {turn_ids.shape}; got {rewards.shape}; pad them alike"
+            f"dense rewards must have the action mask's shape, {turn_ids.shape}; got {rewards.shape}; pad them alike"
         )
     owner = np.maximum(np.maximum.accumulate(turn_ids, 1), 0)
     turns, outcomes = [], []
@@ -214,8 +214,8 @@ def row_credit(rows: Sequence[CreditRow | None], estimator: str, options: Mappin
 
     Every row of every group must be there: call it with those of all processes. `options` are the estimator's own
     parameters, and for those with a critic `whiten`: whether advantages are whitened over the batch's sampled tokens,
-    as methods over tokens are unless told otherwise. Raises ConfigError for names and options that do not fit, InputError
-    for rewards that do not.
+    as methods over tokens are unless told otherwise. Raises ConfigError for names and options that do not fit,
+    InputError for rewards that do not.
     """
     live = [row for row in rows if row is not None]
     if not live:
@@ -285,8 +285,8 @@ def estimator_named(name: str, options: Mapping[str, Any]) -> Callable[..., Any]
         raise unknown_name("estimator", name, functions)
     if name in TREES:
         raise ConfigError(
-            f"estimator must be one for rollouts that do not branch; {name} needs trees, whose shared turns a trainer's "
-            "rows would count once per leaf; take turn-rloo or mt-grpo"
+            f"estimator must be one for rollouts that do not branch; {name} needs trees, whose shared turns a "
+            "trainer's rows would count once per leaf; take turn-rloo or mt-grpo"
         )
     takes = [parameter for parameter in inspect.signature(functions[name]).parameters if parameter != "table"]
     for option in options:

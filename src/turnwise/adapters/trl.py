@@ -9,7 +9,6 @@ rollout is gathered first. Needs TRL; `turnwise doctor trl` says what is missing
 """
 
 import asyncio
-import dataclasses
 import importlib.metadata
 import inspect
 import re
@@ -24,6 +23,7 @@ from datasets import Dataset
 from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer
 
+from turnwise import search_tags
 from turnwise.adapters.rows import (
     CreditRow,
     RowCredit,
@@ -34,17 +34,16 @@ from turnwise.adapters.rows import (
     row_credit,
     token_advantages,
 )
-from turnwise import search_tags
 from turnwise.chat import CHAT_TEMPLATE, END, START, BPETokenizer, Chat
 from turnwise.credit import NEEDS, ONE_PER_ROLLOUT
-from turnwise.engine import Completion, Engine, Sampling
+from turnwise.engine import Completion, Sampling
 from turnwise.engines.hf import HFEngine
 from turnwise.env import Environment
 from turnwise.errors import ConfigError, InputError
 from turnwise.protocols import ProtocolName, protocol_named
 from turnwise.rollout import Limits, awaited, rollout_seed, run_rollout
 from turnwise.setting import Setting
-from turnwise.types import Message, Rollout, Task
+from turnwise.types import Rollout, Task
 
 OLDEST, BELOW = Version("1.8"), Version("2")
 """The releases of TRL that this is for, the second one not included."""
@@ -64,29 +63,29 @@ def refusals(args: GRPOConfig, estimator: str, trainer: type[GRPOTrainer] = GRPO
     version = Version(importlib.metadata.version("trl"))
     if not OLDEST <= version < BELOW:
         found.append(f'trl must be >={OLDEST},<{BELOW}; got {version}; pip install "trl>={OLDEST},<{BELOW}"')
-    if estimator not in ONE_PER_ROLLOUT and args.importance_sampling_level != "token":
-        if args.loss_type not in KEEPS_TURNS:
-            found.append(
-                f"importance_sampling_level must be 'token' with {estimator}; got {args.importance_sampling_level!r}: one "
-                "ratio per rollout has the same gradient at all of its tokens, so that only the sum over turns counts "
-                "and turn credit is lost; leave it out of GRPOConfig"
-            )
+    by_turn = estimator not in ONE_PER_ROLLOUT and args.loss_type not in KEEPS_TURNS
+    if by_turn and args.importance_sampling_level != "token":
+        found.append(
+            f"importance_sampling_level must be 'token' with {estimator}; got {args.importance_sampling_level!r}: one "
+            "ratio per rollout has the same gradient at all of its tokens, so that only the sum over turns counts and "
+            "turn credit is lost; leave it out of GRPOConfig"
+        )
     if any(base.__name__ == "GMPOTrainer" for base in trainer.__mro__):
         found.append(
-            "the trainer must not be GMPO's: its loss is one geometric mean per rollout and takes no advantage per token; "
-            "derive from TurnGRPOTrainer alone"
+            "the trainer must not be GMPO's: its loss is one geometric mean per rollout and takes no advantage per "
+            "token; derive from TurnGRPOTrainer alone"
         )
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         found.append(
-            "use_liger_kernel must be False: liger's fused loss of this TRL takes one advantage per rollout; leave it out "
-            "of GRPOConfig"
+            "use_liger_kernel must be False: liger's fused loss of this TRL takes one advantage per rollout; leave it "
+            "out of GRPOConfig"
         )
     corrected = args.use_vllm and args.vllm_importance_sampling_correction
     if corrected and args.vllm_importance_sampling_mode.startswith("sequence"):
         found.append(
             f"vllm_importance_sampling_mode must be 'token_truncate' or 'token_mask'; got "
-            f"{args.vllm_importance_sampling_mode!r} (TRL's default): one ratio over all turns of a rollout, so that one "
-            "turn's mismatch rescales or deletes the credit of the others; set it to 'token_truncate'"
+            f"{args.vllm_importance_sampling_mode!r} (TRL's default): one ratio over all turns of a rollout, so that "
+            "one turn's mismatch rescales or deletes the credit of the others; set it to 'token_truncate'"
         )
     if args.multi_objective_aggregation != "sum_then_normalize":
         found.append(
@@ -118,8 +117,8 @@ class TurnGRPOTrainer(GRPOTrainer):
     critic are offered. `turn_reward_funcs` are functions `turn_...(prompts, completions, **columns)`, called as TRL
     calls `reward_funcs`, that return one number or None for every turn of every completion. A turn is an assistant
     message; tool messages belong to the turn before them (`completion_turns` cuts a completion so). A `rollout_func`
-    may give rewards itself: `turn_rewards`, a list of mappings per rollout, and `outcome_rewards`, a mapping per rollout,
-    which then stands for what `reward_funcs` say; and `turn_ids`, per token, -1 where the policy did not sample.
+    may give rewards itself: `turn_rewards`, a list of mappings per rollout, and `outcome_rewards`, a mapping per
+    rollout, which then stands for what `reward_funcs` say; and `turn_ids`, per token, -1 where the policy did not sample.
 
     Raises ConfigError for what would delete or distort turn credit, with the reason.
     """
@@ -138,8 +137,8 @@ class TurnGRPOTrainer(GRPOTrainer):
         _check_functions(functions)
         if not functions and given.get("rollout_func") is None and estimator not in ONE_PER_ROLLOUT:
             raise ConfigError(
-                f"{estimator} must have turn rewards; there are no turn_reward_funcs, and no rollout_func to give them; "
-                "give functions that return one number per turn"
+                f"{estimator} must have turn rewards; there are no turn_reward_funcs, and no rollout_func to give "
+                "them; give functions that return one number per turn"
             )
         config = given.get("args") or GRPOConfig("trl")
         for refusal in refusals(config, estimator, type(self)):
@@ -224,7 +223,8 @@ class TurnGRPOTrainer(GRPOTrainer):
         anchors = None
         if "anchor" in NEEDS.get(self.estimator, ()):
             prompts = [
-                ids[mask > 0] for ids, mask in zip(*(batch[k].cpu().numpy() for k in ("prompt_ids", "prompt_mask")), strict=True)
+                ids[mask > 0]
+                for ids, mask in zip(*(batch[k].cpu().numpy() for k in ("prompt_ids", "prompt_mask")), strict=True)
             ]
             anchors = observation_anchors(turn_ids, batch["completion_ids"].cpu().numpy(), present, prompts)
         return turn_ids, credit_rows(
@@ -243,8 +243,8 @@ class TurnGRPOTrainer(GRPOTrainer):
             return [row for row in given if row is not None]
         if self.estimator not in ONE_PER_ROLLOUT:
             raise InputError(
-                f"{self.estimator} must have turn rewards; the rollouts have none; return `turn_rewards` from rollout_func, "
-                "one list of mappings per rollout, or give turn_reward_funcs"
+                f"{self.estimator} must have turn rewards; the rollouts have none; return `turn_rewards` from "
+                "rollout_func, one list of mappings per rollout, or give turn_reward_funcs"
             )
         return [[{} for _ in range(int(row.max()) + 1)] for row in turn_ids]
 
@@ -275,7 +275,7 @@ def _check_functions(functions: Sequence[Any]) -> None:
     for function in functions:
         if not callable(function) or inspect.iscoroutinefunction(function):
             raise ConfigError(
-                f"turn_reward_funcs must be plain functions; got {function!r}; give one that returns a list per completion"
+                f"turn_reward_funcs must be plain functions; got {function!r}; give one that returns a list of lists"
             )
 
 
@@ -298,8 +298,8 @@ def _merged(
             found.append(more or None)
         elif more and len(more) != len(own):
             raise InputError(
-                f"turn reward functions must give one number per turn of the rollout ({len(own)}); got {len(more)}; with a "
-                "rollout_func, let the rollouts bring their turn rewards"
+                f"turn reward functions must give one number per turn of the rollout ({len(own)}); got {len(more)}; with "
+                "a rollout_func, let the rollouts bring their turn rewards"
             )
         else:
             found.append([{**turn, **add} for turn, add in zip(own, more or [{}] * len(own), strict=True)])
@@ -362,7 +362,7 @@ class EnvironmentRollouts:
         return rollout_columns(scored, self._chat, logprobs=trainer.use_vllm)
 
     def prepare(self, trainer: GRPOTrainer) -> None:
-        """Makes the engine over the trainer's model. ConfigError where it would not draw from the policy that learns."""
+        """Makes the engine over the trainer's model. ConfigError where it would draw from another policy."""
         chat = trainer_chat(trainer)
         if self.engine == "trl":
             self._engine = TRLEngine(trainer, chat.end_id)
@@ -377,8 +377,8 @@ class EnvironmentRollouts:
         task = self._tasks.get(_prompt_key(prompt))
         if task is None:
             raise InputError(
-                f"a prompt must be the messages that an environment of one of the tasks starts with; got {str(prompt)[-120:]!r}; "
-                "make the dataset of `task_rows`"
+                f"a prompt must be the messages that an environment of one of the tasks starts with; got "
+                f"{str(prompt)[-120:]!r}; make the dataset of `task_rows`"
             )
         return task
 
@@ -416,7 +416,15 @@ def rollout_columns(rollouts: Sequence[Rollout], chat: Chat, *, logprobs: bool =
     """
     columns: dict[str, list[Any]] = {
         name: []
-        for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask", "turn_ids", "turn_rewards", "outcome_rewards")
+        for name in (
+            "prompt_ids",
+            "completion_ids",
+            "logprobs",
+            "env_mask",
+            "turn_ids",
+            "turn_rewards",
+            "outcome_rewards",
+        )
     }
     for rollout in rollouts:
         ids, turn_ids, drawn = [], [], []
@@ -499,14 +507,16 @@ def trainer_chat(trainer: GRPOTrainer) -> Chat:
 
 def _prompt_key(prompt: Any) -> str:
     """Messages as a text that is equal for equal ones."""
-    return repr([(message["role"], message["content"]) for message in prompt]) if not isinstance(prompt, str) else prompt
+    return (
+        repr([(message["role"], message["content"]) for message in prompt]) if not isinstance(prompt, str) else prompt
+    )
 
 
 def _check_own_engine(trainer: GRPOTrainer) -> None:
     """ConfigError where the in-process engine would draw from something else than the policy that TRL trains."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
-            "engine 'own' must have whole weights on every process; FSDP and DeepSpeed share them out; take engine='trl'"
+            "engine 'own' must have whole weights on every process; FSDP and DeepSpeed do not; take engine='trl'"
         )
     if trainer.use_vllm:
         raise ConfigError("engine 'own' must go without vLLM; use_vllm is on; take engine='trl', or set it to False")
@@ -593,7 +603,6 @@ class TRLEngine:
 
 
 # ----------------------------------------------------------------- the policies that ship, with TRL's own tools
-
 
 
 def response_template(protocol: ProtocolName) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def a_batch() -> Finding:
     if not arrived or abs(arrived[-1] - 0.5) > 1e-6:
         return Finding(
             what=f"turn rewards do not arrive: their mean over rollouts is 0.5, the trainer saw {arrived}",
-            fix='return "turn_rewards" from rollout_func, one list of mappings per rollout, or pass turn_reward_funcs=[...]',
+            fix="TurnGRPOTrainer(..., turn_reward_funcs=[...])  # or turn_rewards from rollout_func, a list each",
         )
     shape = tuple(batch["advantages"].shape)
     if shape != tuple(batch["completion_ids"].shape):
@@ -115,9 +115,8 @@ def a_batch() -> Finding:
 def _credited(turn_rewards: Any, outcomes: Any) -> tuple[Any, Any, float]:
     """TRL's batch of two-turn rollouts with these rewards, the metrics that it logs, and the loss."""
     from datasets import Dataset
-    from trl import GRPOConfig
 
-    from turnwise.adapters.trl import TurnGRPOTrainer, rollout_return
+    from turnwise.adapters.trl import GRPOConfig, TurnGRPOTrainer, rollout_return
     from turnwise.policy import embedded_checkpoint
 
     size = len(turn_rewards)
@@ -171,7 +170,7 @@ def processes() -> Finding:
     hint = f"accelerate launch --num_processes {max(count, 2)} train.py"
     where = f"{seen} processes" if seen > 1 else "one process"
     return Finding(
-        what=f"{where} here, {count} GPUs; for several: {hint} (groups may span processes: turn rewards are gathered first)"
+        what=f"{where} here, {count} GPUs; for several: {hint} (turn rewards are gathered: groups may span processes)"
     )
 
 
