@@ -161,7 +161,7 @@ def a_rollout(fact: tuple, group: int, call: float, read: float, rng: np.random.
         text = f"<reasoning>\nI should look up {title}.\n</reasoning>\n<tool>\n{query}\n</tool>"
         result = ToolResult(text=f"{title}\n{article}") if good else ToolResult(
             text="Error: the call must be JSON with a name and args", error="parse")  # fmt: skip
-        turns.append(a_turn(text, rng, tool_call=ToolCall(name="search", arguments=None), result=result))
+        turns.append(a_turn(text, rng, tool_calls=(ToolCall(name="search", arguments=None),), results=(result,)))
         rewards.append({"tool_execution": 0.2, "answer_in_results": 0.5} if good else {})
         right = good and rng.random() < read
     else:
@@ -175,10 +175,10 @@ def a_rollout(fact: tuple, group: int, call: float, read: float, rng: np.random.
                    stop="answer", turn_rewards=tuple(rewards), outcome_rewards=outcome)  # fmt: skip
 
 
-def a_turn(text: str, rng: np.random.Generator, result: ToolResult | None = None, **action: Any) -> Turn:
+def a_turn(text: str, rng: np.random.Generator, results: tuple[ToolResult, ...] = (), **action: Any) -> Turn:
     ids = tuple(int(i) for i in rng.integers(0, 4000, 3 + len(text) // 4))
     return Turn(action_ids=ids, sampling_logprobs=(-0.5,) * len(ids), text=text,
-                action=Action(**action), result=result)  # fmt: skip
+                action=Action(**action), results=results)  # fmt: skip
 
 
 def write_runs(folder: Path, seeds: int = 3, **options: Any) -> list[Path]:

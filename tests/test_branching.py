@@ -176,7 +176,7 @@ def test_a_tree_that_branches_once_has_the_rollouts_of_a_group_of_chains():
 
 def without_nodes(rollout: Rollout) -> Rollout:
     turns = tuple(
-        dataclasses.replace(turn, result=turn.result and dataclasses.replace(turn.result, duration_s=0.0))
+        dataclasses.replace(turn, results=tuple(dataclasses.replace(r, duration_s=0.0) for r in turn.results))
         for turn in rollout.turns
     )
     return dataclasses.replace(rollout, nodes=(), turns=turns)

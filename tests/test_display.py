@@ -113,8 +113,8 @@ def test_an_evaluations_table_has_intervals_and_kinds():
 
 def test_a_turn_shows_reasoning_call_and_result():
     step = Step(
-        action=Action(reasoning="Hm.", tool_call=ToolCall(name="search", arguments={"query": "Kåre"})),
-        result=ToolResult(text="Kåre\nA name."),
+        action=Action(reasoning="Hm.", tool_calls=(ToolCall(name="search", arguments={"query": "Kåre"}),)),
+        results=(ToolResult(text="Kåre\nA name."),),
     )
     lines = [" ".join(line.split()) for line in printed(turn_panel(1, "", step)).splitlines()]
     assert lines == [
@@ -126,7 +126,7 @@ def test_a_turn_shows_reasoning_call_and_result():
 
 
 def test_a_call_that_could_not_be_read_is_shown_as_written_with_its_error():
-    step = Step(action=Action(error="no"), result=ToolResult(text="must be JSON", error="parse"))
+    step = Step(action=Action(error="no"), results=(ToolResult(text="must be JSON", error="parse"),))
     text = printed(turn_panel(2, "<tool>{</tool>", step))
     assert "<tool>{</tool>" in text
     assert "error    must be JSON" in text
@@ -140,7 +140,7 @@ def test_a_message_without_any_action_is_shown_as_written():
 def test_no_control_character_of_a_text_reaches_the_terminal(hostile: str):
     step = Step(
         action=Action(reasoning=hostile, answer=hostile),
-        result=ToolResult(text=hostile),
+        results=(ToolResult(text=hostile),),
     )
     text = printed(turn_panel(1, hostile, step))
     assert not set(text) & set("\x1b\x07\x9b\u202e")

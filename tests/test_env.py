@@ -65,19 +65,19 @@ def test_a_search_and_then_an_answer():
 
 def test_an_answer_ends_the_rollout_in_any_turn():
     (step,) = played(answer("Nairobi"), max_turns=5)
-    assert (step.stop, step.reply, step.result) == ("answer", (), None)
+    assert (step.stop, step.reply, step.results) == ("answer", (), ())
 
 
 def test_a_message_without_call_or_answer_ends_the_rollout():
     (step,) = played("Nairobi", max_turns=5)
-    assert (step.stop, step.reply, step.result) == ("no_action", (), None)
+    assert (step.stop, step.reply, step.results) == ("no_action", (), ())
 
 
 @pytest.mark.parametrize("text", [call("Kenya"), "<tool>broken</tool>"])
 def test_a_call_in_the_last_turn_is_not_executed(text: str):
     steps = played(call("Kenya"), call("Peru"), text, max_turns=3)
     assert [step.stop for step in steps] == [None, None, "max_turns"]
-    assert (steps[-1].result, steps[-1].reply) == (None, ())
+    assert (steps[-1].results, steps[-1].reply) == ((), ())
     (only,) = played(text, max_turns=1)
     assert (only.stop, only.result) == ("max_turns", None)
 

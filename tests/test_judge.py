@@ -46,8 +46,8 @@ def a_rollout(answer: str | None = "Nairobi", found: str = "Nairobi is the capit
                 action_ids=(2,),
                 sampling_logprobs=(-1.0,),
                 text="<think>Look it up.</think><search>Kenya</search>",
-                action=Action(tool_call=call),
-                result=ToolResult(text=found),
+                action=Action(tool_calls=(call,)),
+                results=(ToolResult(text=found),),
             ),
             Turn(
                 action_ids=(3,),

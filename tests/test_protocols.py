@@ -63,7 +63,7 @@ def test_a_search_that_cannot_be_read_costs_its_turn_and_is_answered_with_the_re
 def test_a_search_in_the_forced_answer_turn_is_not_executed():
     steps = played(SEARCH, SEARCH, max_turns=2)
     assert [step.stop for step in steps] == [None, "max_turns"]
-    assert (steps[1].result, steps[1].reply) == (None, ())
+    assert (steps[1].results, steps[1].reply) == ((), ())
 
 
 def test_the_forced_answer_turn_is_granted_however_long_the_results_are():

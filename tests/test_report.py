@@ -374,7 +374,7 @@ def test_long_text_says_how_much_is_missing():
 def hostile_run(path: Path) -> Path:
     """A run in which every text that somebody else can write is hostile."""
     turns = (
-        a_turn(HOSTILE, result=ToolResult(text=HOSTILE, error=HOSTILE)),
+        a_turn(HOSTILE, results=(ToolResult(text=HOSTILE, error=HOSTILE),)),
         a_turn(HOSTILE, action=Action(answer=HOSTILE)),
     )
     rollout = Rollout(

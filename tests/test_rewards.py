@@ -13,7 +13,7 @@ from turnwise.env import ToolEnvironment
 from turnwise.errors import ConfigError, InputError, ToolError
 from turnwise.rewards import PAPER_WEIGHTS, load_rewards, score, tag_usage, xml_format
 from turnwise.tools import tool, tool_mapping
-from turnwise.types import Rollout, Stop, Task, Turn
+from turnwise.types import Action, Rollout, Stop, Task, ToolCall, ToolResult, Turn
 
 TASK = Task(id="kenya", question="What is the capital of Kenya?", answers=("Nairobi", "Nairobi City"))
 
@@ -50,7 +50,7 @@ def played(*texts: str, max_turns: int = 3) -> Rollout:
                 sampling_logprobs=(0.0,),
                 text=text,
                 action=step.action,
-                result=step.result,
+                results=step.results,
             )
         )
         stop = step.stop
@@ -230,6 +230,38 @@ def test_every_value_is_between_zero_and_its_weight(first: str, second: str):
         "tool_execution",
         "answer_in_results",
     }
+
+
+# --------------------------------------------------------------------- several calls a turn
+
+
+def calling(*results: ToolResult, error: str | None = None) -> Turn:
+    calls = tuple(ToolCall(name="search", arguments={"query": "x"}) for _ in results)
+    action = Action(tool_calls=calls, error=error)
+    return Turn(action_ids=(1,), sampling_logprobs=(0.0,), text="", action=action, results=results)
+
+
+FOUND, MISSED = ToolResult(text="It is Nairobi."), ToolResult(text="It is Lima.")
+FAILED = ToolResult(text="Error: no Nairobi", error="exception")
+
+
+def test_a_turn_of_several_calls_is_executed_when_all_are_and_holds_the_answer_when_one_does():
+    golds = TASK.answers
+
+    def values(turn: Turn) -> tuple[float | None, float | None]:
+        return rewards.tool_execution(turn), rewards.answer_in_results(turn, golds)
+
+    assert values(calling(MISSED, FOUND)) == (1.0, 1.0)
+    assert values(calling(MISSED, MISSED)) == (1.0, 0.0)
+    assert values(calling(FOUND, FAILED)) == (0.0, 1.0)
+    assert values(calling(FAILED, MISSED)) == (0.0, 0.0)
+    assert values(calling(FOUND, error="one more could not be read")) == (0.0, 1.0)
+
+
+def test_the_search_penalty_counts_every_call():
+    rollout = rollout_of(calling(FOUND, FAILED), calling(FOUND), calling(FOUND), stop="max_turns")
+    scored = score(TASK, rollout, {"search_penalty": 1.0})
+    assert [turn.get("search_penalty") for turn in scored.turn_rewards] == [2.0, 3.0, None]
 
 
 # -------------------------------------------------------- weights, failures, truncation

@@ -22,7 +22,7 @@ def search(query: str) -> str:
 
 def test_a_search_message_is_read():
     text = "<think>\nI look it up.\n</think>\n<search>\nKenya capital\n</search>"
-    assert parse(text) == Action(reasoning="I look it up.", tool_call=CALL)
+    assert parse(text) == Action(reasoning="I look it up.", tool_calls=(CALL,))
 
 
 def test_an_answer_message_is_read():

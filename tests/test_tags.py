@@ -23,7 +23,7 @@ def test_a_tool_message_is_read():
     text = f"<reasoning>\nI look it up.\n</reasoning>\n<tool>\n{CALL}\n</tool>"
     assert parse(text) == Action(
         reasoning="I look it up.",
-        tool_call=ToolCall(name="search", arguments={"query": "Kenya"}),
+        tool_calls=(ToolCall(name="search", arguments={"query": "Kenya"}),),
     )
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnwise.errors import ConfigError, InputError, ToolError
-from turnwise.tools import CUT_MARK, Found, Tool, call_tool, capped, load_tools, tool, tool_mapping
-from turnwise.types import ToolCall, ToolResult
+from turnwise.tools import CUT_MARK, Found, Tool, call_tool, call_tools, capped, load_tools, tool, tool_mapping
+from turnwise.types import Action, ToolCall, ToolResult
 
 
 def search(
@@ -297,6 +297,38 @@ def test_a_cut_text_is_within_the_cap_and_ends_with_a_whole_word(text: str, cap:
     head = text[: cap - len(CUT_MARK)]
     if len(head.split()) > 1:
         assert kept.split() == words[: len(kept.split())]
+
+
+# --------------------------------------------------------------------- several calls at once
+
+
+def test_calls_of_one_message_run_at_once_and_answer_in_their_order():
+    arrived: list[str] = []
+
+    async def meet(name: str) -> str:
+        """The names of both, once both have come."""
+        arrived.append(name)
+        while len(arrived) < 2:  # only a second call under way can end this
+            await asyncio.sleep(0)
+        return f"{name} of {arrived}"
+
+    calls = tuple(ToolCall(name="meet", arguments={"name": name}) for name in "ab")
+    work = call_tools({"meet": tool(meet)}, Action(tool_calls=calls))
+    results = asyncio.run(asyncio.wait_for(work, 10))
+    assert [result.text[0] for result in results] == ["a", "b"]
+
+
+def test_calls_that_could_not_be_read_are_answered_in_their_place():
+    good, unread = ToolCall(name="search", arguments={"query": "x"}), ToolCall(name="search", arguments=None)
+
+    def errors(*calls: ToolCall, error: str | None = None) -> list[str | None]:
+        results = asyncio.run(call_tools(TOOLS, Action(tool_calls=calls, error=error)))
+        return [result.error for result in results]
+
+    assert errors(good, unread, good, error="no object") == [None, "parse", None]
+    assert errors(good, error="a call without a name") == [None, "parse"]
+    assert errors(error="no JSON") == ["parse"]
+    assert errors() == []
 
 
 # ------------------------------------------------------------------------ tools from a file

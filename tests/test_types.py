@@ -10,7 +10,7 @@ from turnwise.types import Action, Rollout, ToolCall, ToolResult, Turn, rollout_
 
 
 def rollout(text: str = "x", stop: str = "answer") -> Rollout:
-    called = Action(reasoning="r", tool_call=ToolCall(name="search", arguments={"query": text}))
+    called = Action(reasoning="r", tool_calls=(ToolCall(name="search", arguments={"query": text}),))
     return Rollout(
         task_id="t",
         group=3,
@@ -21,7 +21,7 @@ def rollout(text: str = "x", stop: str = "answer") -> Rollout:
                 sampling_logprobs=(-0.5, -0.25),
                 text=text,
                 action=called,
-                result=ToolResult(text=text, error="exception", duration_s=0.5, documents=(text, "b")),
+                results=(ToolResult(text=text, error="exception", duration_s=0.5, documents=(text, "b")),),
                 reply_ids=(6, 7, 8),
             ),
             Turn(action_ids=(9,), sampling_logprobs=(-1.0,), text="", action=Action(answer=text)),
@@ -75,7 +75,32 @@ def test_nodes_come_back_and_records_without_them_are_chains():
 
 def test_a_rollout_that_was_recorded_before_results_named_documents_still_reads():
     data = json.loads(rollout().to_json())
-    del data["turns"][0]["result"]["documents"]
+    del data["turns"][0]["results"][0]["documents"]
     again = rollout_from_json(json.dumps(data))
     assert again.turns[0].result == ToolResult(text="x", error="exception", duration_s=0.5)
     assert again.turns[0].result.documents is None
+
+
+def test_a_rollout_that_was_recorded_when_a_turn_had_one_call_still_reads():
+    data = json.loads(rollout().to_json())
+    for turn in data["turns"]:
+        calls, results = turn["action"].pop("tool_calls"), turn.pop("results")
+        turn["action"]["tool_call"] = calls[0] if calls else None
+        turn["result"] = results[0] if results else None
+    assert rollout_from_json(json.dumps(data)) == rollout()
+
+
+def test_first_call_and_first_result_have_names_of_their_own():
+    called, answered = rollout().turns
+    assert called.action.tool_call == called.action.tool_calls[0]
+    assert called.result == called.results[0]
+    assert (answered.action.tool_call, answered.result) == (None, None)
+
+
+def test_a_call_that_could_not_be_read_counts_once():
+    read, unread = ToolCall(name="a", arguments={}), ToolCall(name="b", arguments=None)
+    assert Action(answer="x").num_calls == 0
+    assert Action(tool_calls=(read, read)).num_calls == 2
+    assert Action(tool_calls=(read, unread), error="no object").num_calls == 2
+    assert Action(tool_calls=(read,), error="no name").num_calls == 2
+    assert Action(error="no JSON").num_calls == 1

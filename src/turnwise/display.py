@@ -298,18 +298,16 @@ def turn_panel(number: int, text: str, step: Step) -> Table:
     rows: list[tuple[str, str, str]] = []
     if action.reasoning:
         rows.append(("reasoning", action.reasoning, "dim"))
-    if action.error or (action.tool_call is None and action.answer is None):
+    if action.error or (not action.tool_calls and action.answer is None):
         rows.append(("message", text, "yellow"))
-    elif action.tool_call:
-        arguments = json.dumps(action.tool_call.arguments, ensure_ascii=False)
-        rows.append(("call", f"{action.tool_call.name} {arguments}", "cyan"))
-    if step.result:
-        style = "red" if step.result.error else ""
-        rows.append(("error" if step.result.error else "result", step.result.text, style))
+    else:
+        calls = [f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in action.tool_calls]
+        rows += [("call", call, "cyan") for call in calls]
+    rows += [("error", result.text, "red") if result.error else ("result", result.text, "") for result in step.results]
     if action.answer is not None:
         rows.append(("answer", action.answer, "bold green"))
     if step.stop == "max_turns":
-        rows.append(("stop", "the last turn must answer; its call was not executed", "red"))
+        rows.append(("stop", "the last turn must answer; its calls were not executed", "red"))
     table = Table.grid(padding=(0, 2))
     for i, (name, content, style) in enumerate(rows):
         turn = Text(f"turn {number}" if i == 0 else "", style="bold")

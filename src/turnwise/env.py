@@ -7,7 +7,7 @@ from typing import Protocol
 
 from turnwise.errors import ConfigError
 from turnwise.protocols import ProtocolName, protocol_named, reply_text
-from turnwise.tools import Tool, call_tool, error_result
+from turnwise.tools import Tool, call_tools
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
 
@@ -16,12 +16,17 @@ class Step:
     """What the environment made of one message of the policy."""
 
     action: Action
-    result: ToolResult | None = None
-    """What the tool returned; None where none was called."""
+    results: tuple[ToolResult, ...] = ()
+    """What the calls came to, in their order; empty where none was executed."""
     reply: tuple[Message, ...] = ()
     """Messages to append before the policy's next turn."""
     stop: Stop | None = None
     """Why the rollout is over; None while it goes on."""
+
+    @property
+    def result(self) -> ToolResult | None:
+        """The first result, or None without one."""
+        return self.results[0] if self.results else None
 
 
 class Environment(Protocol):
@@ -74,7 +79,7 @@ class ToolEnvironment:
         )
 
     async def step(self, text: str) -> Step:
-        """Read the message; run its tool call if a later turn can use the result."""
+        """Read the message; run its tool calls, all at once, if a later turn can use the results."""
         if self._turns_left == 0:
             raise RuntimeError("an environment plays one rollout; this one has stopped")
         self._turns_left -= 1
@@ -83,24 +88,19 @@ class ToolEnvironment:
         if stop:
             self._turns_left = 0
             return Step(action=action, stop=stop)
-        result = await self._result(action)
-        reply = reply_text(self._protocol, result, last=self._turns_left == 1)
-        return Step(action=action, result=result, reply=(Message(role="user", content=reply),))
+        results = await call_tools(self._tools, action)
+        reply = reply_text(self._protocol, results, last=self._turns_left == 1)
+        return Step(action=action, results=results, reply=(Message(role="user", content=reply),))
 
     def fork(self) -> "ToolEnvironment":
         """A copy with its own state and the same tools: what a tool itself remembers, all copies see."""
         return copy.deepcopy(self, {id(shared): shared for shared in (self._task, self._tools)})
-
-    async def _result(self, action: Action) -> ToolResult:
-        if action.error or not action.tool_call:
-            return error_result("parse", action.error or "no tool call")
-        return await call_tool(self._tools, action.tool_call)
 
 
 def _stop(action: Action, *, last: bool) -> Stop | None:
     """Why an action ends the rollout, if it does."""
     if action.answer is not None:
         return "answer"
-    if action.tool_call is None and action.error is None:
+    if not action.num_calls:
         return "no_action"
     return "max_turns" if last else None

@@ -51,7 +51,7 @@ def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tool
     the task names no gold articles (its metadata's `articles`) or a tool does not say what it returned; the
     format measures of the other protocol.
     """
-    results = [turn.result for turn in rollout.turns if turn.result and not turn.result.error]
+    results = [result for turn in rollout.turns for result in turn.results if not result.error]
     answer = rollout.answer
     said = answer if answer is not None else ""
     golds = list(task.answers)
@@ -84,9 +84,9 @@ def _format_metrics(rollout: Rollout, protocol: ProtocolName) -> dict[str, float
 
 def _call_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
     """How the calls went, and which articles they brought."""
-    calls = [turn for turn in rollout.turns if turn.action.tool_call is not None or turn.action.error is not None]
-    executed = [turn.result for turn in calls if turn.result and not turn.result.error]
-    found = {"well_called": len(executed) / len(calls)} if calls else {}
+    calls = sum(turn.action.num_calls for turn in rollout.turns)
+    executed = [result for turn in rollout.turns for result in turn.results if not result.error]
+    found = {"well_called": len(executed) / calls} if calls else {}
     gold = set(task.metadata.get("articles") or ())
     brought = [result.documents for result in executed if result.documents is not None]
     if not gold or len(brought) < len(executed):

@@ -33,7 +33,7 @@ from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.rewards import exact_match
 from turnwise.rollout import awaited
 from turnwise.search import default_cache
-from turnwise.types import Judgement, Rollout, Task
+from turnwise.types import Judgement, Rollout, Task, Turn
 
 Kind = Literal["turn", "outcome"]
 
@@ -264,8 +264,7 @@ def judge_messages(kind: Kind, rubric: str, task: Task, rollout: Rollout) -> lis
         "question": task.question,
         "accepted_answers": list(task.answers),
         "turns": [
-            {"turn": k, "agent": turn.text, "tool": turn.result.text if turn.result else None}
-            for k, turn in enumerate(rollout.turns, start=1)
+            {"turn": k, "agent": turn.text, "tool": _tool_text(turn)} for k, turn in enumerate(rollout.turns, start=1)
         ],
         "final_answer": rollout.answer,
     }
@@ -273,6 +272,11 @@ def judge_messages(kind: Kind, rubric: str, task: Task, rollout: Rollout) -> lis
         {"role": "system", "content": f"{rubric.strip()}\n{frame}"},
         {"role": "user", "content": escaped_json(material)},
     ]
+
+
+def _tool_text(turn: Turn) -> str | None:
+    """What the turn's calls returned, a blank line between two; None without a call."""
+    return "\n\n".join(result.text for result in turn.results) if turn.results else None
 
 
 def escaped_json(value: Any) -> str:

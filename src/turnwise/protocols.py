@@ -1,7 +1,7 @@
 """The tag protocols in which a policy and the environment talk: how each is written and read."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,9 +75,9 @@ def protocol_named(name: str) -> TagProtocol:
     return PROTOCOLS[name]
 
 
-def reply_text(protocol: TagProtocol, result: ToolResult, *, last: bool) -> str:
-    """The environment's message after a call; `last` where the turn that follows is the last one granted."""
-    text = protocol.result_text(result)
+def reply_text(protocol: TagProtocol, results: Sequence[ToolResult], *, last: bool) -> str:
+    """The environment's message after calls; `last` where the turn that follows is the last one granted."""
+    text = "\n".join(map(protocol.result_text, results))
     return f"{text}\n{protocol.last_turn}" if last and protocol.last_turn else text
 
 

@@ -9,6 +9,7 @@ asked (see `judge`), what it said is the components `judge_turn` and `judge_outc
 
 import dataclasses
 import inspect
+import itertools
 import math
 import numbers
 import re
@@ -131,24 +132,24 @@ def _weights(weights: Mapping[str, float], own: Sequence[str]) -> dict[str, floa
 
 
 def tool_execution(turn: Turn) -> float | None:
-    """1 where the turn's call was executed without error, 0 where it was not, None without a call.
+    """1 where all of the turn's calls were executed without error, 0 where one was not, None without a call.
 
     A call that could not be read, or that came in the last granted turn, counts as not executed.
     """
-    if turn.action.tool_call is None and turn.action.error is None:
+    if not turn.action.num_calls:
         return None
-    return float(turn.result is not None and turn.result.error is None)
+    return float(sum(result.error is None for result in turn.results) == turn.action.num_calls)
 
 
 def answer_in_results(turn: Turn, golds: Sequence[str]) -> float | None:
-    """1 where an accepted answer occurs in what the turn's call returned; None without a call.
+    """1 where an accepted answer occurs in what one of the turn's calls returned; None without a call.
 
-    A failed call gives 0, whatever its error text says.
+    A failed call has none in it, whatever its error text says.
     """
-    executed = tool_execution(turn)
-    if not executed or turn.result is None:
-        return executed
-    return metrics.answer_presence(turn.result.text, golds)
+    if not turn.action.num_calls:
+        return None
+    texts = [result.text for result in turn.results if result.error is None]
+    return max((metrics.answer_presence(text, golds) for text in texts), default=0.0)
 
 
 # ----------------------------------------------------------- components of the outcome
@@ -219,7 +220,7 @@ def _mean(values: Sequence[float]) -> float:
 def _search_turn_values(task: Task, rollout: Rollout, protocol: TagProtocol) -> dict[str, list[float | None]]:
     """The components of the turns before the last; the last turn has none of them, as it is the outcome's.
 
-    retrieval           1 where an accepted answer stands in what this turn's call returned
+    retrieval           1 where an accepted answer stands in what this turn's calls returned
     turn_format         1 where the turn is well formed; turn_format_broken 1 where it is not
     search_penalty      calls so far, this one and those that failed included
     """
@@ -229,7 +230,7 @@ def _search_turn_values(task: Task, rollout: Rollout, protocol: TagProtocol) -> 
         "retrieval": [answer_in_results(turn, task.answers) or 0.0 for turn in before],
         "turn_format": [float(good) for good in formed],
         "turn_format_broken": [float(not good) for good in formed],
-        "search_penalty": [float(count) for count in range(1, len(before) + 1)],
+        "search_penalty": list(itertools.accumulate(float(max(turn.action.num_calls, 1)) for turn in before)),
     }
     return {name: [*values, None] for name, values in columns.items()}
 

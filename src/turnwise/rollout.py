@@ -277,7 +277,7 @@ def _turn(completion: Completion, text: str, step: Step, reply: Sequence[int] = 
         sampling_logprobs=completion.logprobs,
         text=text,
         action=step.action,
-        result=step.result,
+        results=step.results,
         reply_ids=tuple(reply),
     )
 

@@ -69,8 +69,8 @@ def parse(text: str) -> Action:
     if search_at < 0:
         return Action(reasoning=reasoning)
     query, error = _query(acting[search_at + len("<search>") :])
-    call = None if error else ToolCall(name=TOOL_NAME, arguments={ARGUMENT: query})
-    return Action(reasoning=reasoning, tool_call=call, error=error)
+    calls = () if error else (ToolCall(name=TOOL_NAME, arguments={ARGUMENT: query}),)
+    return Action(reasoning=reasoning, tool_calls=calls, error=error)
 
 
 def _query(rest: str) -> tuple[str, str | None]:

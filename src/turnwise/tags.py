@@ -64,7 +64,7 @@ def parse(text: str) -> Action:
     if tool_at < 0:
         return Action(reasoning=reasoning)
     call, error = _tool_call(acting[tool_at + len("<tool>") :])
-    return Action(reasoning=reasoning, tool_call=call, error=error)
+    return Action(reasoning=reasoning, tool_calls=(call,) if call else (), error=error)
 
 
 def _tool_call(rest: str) -> tuple[ToolCall | None, str | None]:

@@ -4,6 +4,7 @@ A tool's JSON schema comes from its signature and its Google-style docstring. Wh
 a call is an observation for the agent, with an error class; it never ends the run.
 """
 
+import asyncio
 import importlib.util
 import inspect
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from turnwise.errors import ConfigError, InputError, ToolError
-from turnwise.types import ToolCall, ToolResult
+from turnwise.types import Action, ToolCall, ToolResult
 
 Schema = dict[str, Any]
 ERROR_PREFIX = "Error: "
@@ -177,6 +178,20 @@ def _type_schema(hint: Any, where: str) -> Schema:
 
 
 # --------------------------------------------------------------------------------- a call
+
+
+async def call_tools(tools: Mapping[str, Tool], action: Action) -> tuple[ToolResult, ...]:
+    """The results of a message's calls, which run at once, in the order of the calls.
+
+    A call that could not be read is answered with the action's error, at the end where it has no name.
+    """
+    unread = error_result("parse", action.error or "no arguments")
+    results = await asyncio.gather(
+        *(call_tool(tools, call) for call in action.tool_calls if call.arguments is not None)
+    )
+    done = iter(results)
+    answered = [unread if call.arguments is None else next(done) for call in action.tool_calls]
+    return (*answered, *[unread] * (action.num_calls - len(answered)))
 
 
 async def call_tool(tools: Mapping[str, Tool], call: ToolCall) -> ToolResult:

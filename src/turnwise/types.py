@@ -61,13 +61,25 @@ class ToolResult:
 class Action:
     """What the policy's message says under the protocol.
 
-    At most one of `answer` and `tool_call` is set; `error` says why a tool call could not be read.
+    At most one of `answer` and `tool_calls` is set; `error` says why a tool call could not be read: the one
+    without arguments, or one more, after those in `tool_calls`, of which not even the name could be read.
     """
 
     reasoning: str | None = None
-    tool_call: ToolCall | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
     answer: str | None = None
     error: str | None = None
+
+    @property
+    def tool_call(self) -> ToolCall | None:
+        """The first call, or None without one."""
+        return self.tool_calls[0] if self.tool_calls else None
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls the message makes, one that could not be read included."""
+        nameless = self.error is not None and all(call.arguments is not None for call in self.tool_calls)
+        return len(self.tool_calls) + nameless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +93,15 @@ class Turn:
     text: str
     """The sampled tokens as text, without special tokens."""
     action: Action
-    result: ToolResult | None = None
-    """What the tool returned; None where this turn called none."""
+    results: tuple[ToolResult, ...] = ()
+    """What the calls came to, in their order; empty where this turn made none, or none was executed."""
     reply_ids: tuple[int, ...] = ()
     """Token ids that the environment appended after this turn (never sampled)."""
+
+    @property
+    def result(self) -> ToolResult | None:
+        """The first result, or None without one."""
+        return self.results[0] if self.results else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +182,25 @@ def _judgement(data: dict[str, Any]) -> Judgement:
 
 def _turn(data: dict[str, Any]) -> Turn:
     action = data.pop("action")
-    call = action.pop("tool_call")
-    result = data.pop("result")
-    if result and result.get("documents") is not None:
-        result["documents"] = tuple(result["documents"])
+    calls = _one_or_several(action, "tool_call")
+    results = _one_or_several(data, "result")
     for name in ("action_ids", "sampling_logprobs", "reply_ids"):
         data[name] = tuple(data[name])
     return Turn(
-        action=Action(tool_call=ToolCall(**call) if call else None, **action),
-        result=ToolResult(**result) if result else None,
+        action=Action(tool_calls=tuple(ToolCall(**call) for call in calls), **action),
+        results=tuple(_result(result) for result in results),
         **data,
     )
+
+
+def _one_or_several(data: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The list under the plural of `name`; records of before a turn had several have one, or null, under `name`."""
+    if name in data:
+        one = data.pop(name)
+        return [] if one is None else [one]
+    return data.pop(f"{name}s")
+
+
+def _result(data: dict[str, Any]) -> ToolResult:
+    documents = data.pop("documents", None)
+    return ToolResult(documents=None if documents is None else tuple(documents), **data)

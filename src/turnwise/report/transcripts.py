@@ -13,6 +13,7 @@ from turnwise.report.data import RolloutLine, Run, first_middle_last
 from turnwise.report.tables import estimator_order, estimator_title
 from turnwise.report.text import escaped, marked_up, one_line, shortened
 from turnwise.report.why import number, outcome_reward, reasons, signed, total_reward, turn_reward
+from turnwise.types import ToolResult
 
 MAX_ROLLOUTS = 300
 MAX_GROUP = 32
@@ -73,7 +74,7 @@ def _groups_of_run(run: Run) -> Iterator[tuple[int, Group]]:
 
 
 def _num_chars(line: RolloutLine) -> int:
-    results = [t.result.text if t.result else "" for t in line.rollout.turns]
+    results = [result.text for t in line.rollout.turns for result in t.results]
     texts = [t.text for t in line.rollout.turns]
     return sum(min(len(t), TURN_CHARS) for t in texts) + sum(min(len(t), RESULT_CHARS) for t in results)
 
@@ -151,7 +152,7 @@ def _group(group: Group, opened: bool, scale: float) -> str:
 def _content(line: RolloutLine) -> Hashable:
     """Equal for rollouts that say and earn the same: they share a card."""
     rollout = line.rollout
-    turns = tuple((t.text, t.result and (t.result.text, t.result.error)) for t in rollout.turns)
+    turns = tuple((t.text, tuple((r.text, r.error) for r in t.results)) for t in rollout.turns)
     rewards = [sorted(r.items()) for r in (*rollout.turn_rewards, rollout.outcome_rewards)]
     return turns, rollout.stop, rollout.error, str(rewards), line.advantages, line.loss_mask
 
@@ -172,7 +173,7 @@ def _tally(group: Group) -> str:
 
 
 def _ran_tool(line: RolloutLine) -> bool:
-    return any(t.result is not None and t.result.error is None for t in line.rollout.turns)
+    return any(result.error is None for t in line.rollout.turns for result in t.results)
 
 
 def _is_right(line: RolloutLine) -> bool | None:
@@ -217,19 +218,20 @@ def _turn(line: RolloutLine, k: int, why: str, scale: float) -> str:
     weight = min(1.0, abs(advantage) / scale) if advantage is not None and finite else 0.0
     badge = "–" if advantage is None else signed(advantage)
     masked = line.loss_mask is not None and not line.loss_mask[k]
-    result = ""
-    if turn.result is not None:
-        failed = f"<b>{escaped(turn.result.error)}</b> " if turn.result.error else ""
-        shown = marked_up(shortened(turn.result.text, RESULT_CHARS), line.task.answers)
-        result = f'<div class="env">{failed}<pre>{shown}</pre></div>'
+    results = "".join(_result(result, line.task.answers) for result in turn.results)
     text = marked_up(shortened(turn.text, TURN_CHARS), ())
     return (
         f'<div class="turn {_sign(advantage)}{" masked" if masked else ""}" tabindex="0" '
         f'style="--w:{weight:.2f}"><div class="head"><span>turn {k + 1}'
         f"{' · not in the loss' if masked else ''}</span>"
         f'<strong class="adv">{badge}</strong></div><pre>{text or "(nothing)"}</pre>'
-        f'<p class="why">{escaped(why)}</p>{_tooltip(line, k)}</div>{result}'
+        f'<p class="why">{escaped(why)}</p>{_tooltip(line, k)}</div>{results}'
     )
+
+
+def _result(result: ToolResult, golds: Sequence[str]) -> str:
+    failed = f"<b>{escaped(result.error)}</b> " if result.error else ""
+    return f'<div class="env">{failed}<pre>{marked_up(shortened(result.text, RESULT_CHARS), golds)}</pre></div>'
 
 
 def _tooltip(line: RolloutLine, k: int) -> str:
@@ -246,8 +248,7 @@ def _tooltip(line: RolloutLine, k: int) -> str:
     if line.loss_mask is not None:
         rows.append(("in the loss", "yes" if line.loss_mask[k] else "no (masked out)"))
     rows.append(("tokens sampled", f"{len(turn.action_ids):,}"))
-    if turn.result is not None:
-        rows.append(("tool result", turn.result.error or "ran"))
+    rows += [("tool result", result.error or "ran") for result in turn.results]
     if k == len(rollout.turns) - 1:
         rows.append(("then", STOPS.get(rollout.stop, rollout.stop)))
     cells = "".join(f"<dt>{escaped(n)}</dt><dd>{escaped(v)}</dd>" for n, v in rows)
