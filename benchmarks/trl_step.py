@@ -5,8 +5,8 @@
 Two turns: the embedded policy after a few native steps, so that it calls its tool. Three turns: the embedded agent that
 searches several times, on two-hop questions. Steps alternate between the trainers; rates are 0, so that all draw from
 one policy. Seconds are the process's own CPU time on one thread, medians over steps. "TRL" is its own generation and
-tool loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's share is what `TurnGRPOTrainer` does
-beside TRL's own work.
+tool loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's share is what `TurnGRPOTrainer`
+does beside TRL's own work.
 """
 
 import os

@@ -118,7 +118,7 @@ class TurnGRPOTrainer(GRPOTrainer):
     calls `reward_funcs`, that return one number or None for every turn of every completion. A turn is an assistant
     message; tool messages belong to the turn before them (`completion_turns` cuts a completion so). A `rollout_func`
     may give rewards itself: `turn_rewards`, a list of mappings per rollout, and `outcome_rewards`, a mapping per
-    rollout, which then stands for what `reward_funcs` say; and `turn_ids`, per token, -1 where the policy did not sample.
+    rollout, which then stands for what `reward_funcs` say; and `turn_ids`, per token, -1 where it did not sample.
 
     Raises ConfigError for what would delete or distort turn credit, with the reason.
     """
@@ -298,8 +298,8 @@ def _merged(
             found.append(more or None)
         elif more and len(more) != len(own):
             raise InputError(
-                f"turn reward functions must give one number per turn of the rollout ({len(own)}); got {len(more)}; with "
-                "a rollout_func, let the rollouts bring their turn rewards"
+                f"turn reward functions must give one number per turn of the rollout ({len(own)}); got {len(more)}; "
+                "with a rollout_func, let the rollouts bring their turn rewards"
             )
         else:
             found.append([{**turn, **add} for turn, add in zip(own, more or [{}] * len(own), strict=True)])
