@@ -3,10 +3,11 @@
     python benchmarks/trl_step.py [--steps 4] [--tasks 8] [--group-size 8]
 
 Two turns: the embedded policy after a few native steps, so that it calls its tool. Three turns: the embedded agent that
-searches several times, on two-hop questions. Steps alternate between the trainers; rates are 0, so that all draw from
-one policy. Seconds are the process's own CPU time on one thread, medians over steps. "TRL" is its own generation and
-tool loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's share is what `TurnGRPOTrainer`
-does beside TRL's own work.
+searches several times, on two-hop questions, after a few steps that pay for searches alone, so that it takes its turns.
+TRL has one budget of tokens for all turns, as large as the native ones together. Steps alternate between the trainers;
+rates are 0, so that all draw from one policy. Seconds are the process's own CPU time on one thread, medians over steps.
+"TRL" is its own generation and tool loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's
+share is what `TurnGRPOTrainer` does beside TRL's own work.
 """
 
 import os
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 import trl
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from turnwise.adapters.trl import (
     TurnGRPOTrainer,
@@ -39,7 +40,7 @@ from turnwise.config import TrainConfig
 from turnwise.crediting import credit_rollouts
 from turnwise.evaluation import draw, make_engine, rollout_limits
 from turnwise.learning import update
-from turnwise.policy import Policy, embedded_checkpoint, load_policy
+from turnwise.policy import Policy, load_policy
 from turnwise.setting import Setting, make_setting
 from turnwise.training import train
 
@@ -147,6 +148,15 @@ def native_step(policy: Policy, setting: Setting, count: int, size: int, step: i
     return time.process_time() - start, sum(len(r.turns) for r in rollouts) / len(rollouts)
 
 
+def taught(folder: str, config: TrainConfig, **options: Any) -> Path:
+    """The checkpoint of a few native steps, so that the policy uses its turns."""
+    out = Path(folder) / f"taught-{config.max_turns}"
+    shape = {"steps": 8, "tasks_per_step": 8, "group_size": 12, "minibatches": 4}
+    train(config, out=out, threads=1, validation_size=8, checkpoint_every=8, **shape, **options)
+    (start,) = (out / "checkpoints").glob("step-*")
+    return start
+
+
 def compare(name: str, start: Path, config: TrainConfig, options: argparse.Namespace, out: str) -> None:
     setting, policy = make_setting(config), load_policy(start)
     count, size = options.tasks, options.group_size
@@ -157,6 +167,7 @@ def compare(name: str, start: Path, config: TrainConfig, options: argparse.Names
     clocks = {way: Clock() for way in trainers}
     for way, trainer in trainers.items():
         trainer.add_callback(clocks[way])
+        trainer.remove_callback(PrinterCallback)
     native: list[tuple[float, float]] = []
     for step in range(options.steps + 1):  # the first one warms up
         native.append(native_step(policy, setting, count, size, step))
@@ -185,15 +196,13 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}; load {load:.1f}")
     with tempfile.TemporaryDirectory() as folder:
-        taught = Path(folder) / "run"
-        train(out=taught, steps=8, tasks_per_step=8, group_size=12, threads=1, validation_size=8, checkpoint_every=8)
-        (start,) = (taught / "checkpoints").glob("step-*")
         two = TrainConfig(minibatches=1, tasks_per_step=options.tasks)
-        compare("two turns", start, two, options, folder)
+        compare("two turns", taught(folder, two), two, options, folder)
         three = TrainConfig(
             minibatches=1, tasks_per_step=options.tasks, protocol="search", tasks="atlas-two-hop", max_turns=3
         )
-        compare("three turns", embedded_checkpoint("embedded-search"), three, options, folder)
+        start = taught(folder, three, reward_weights={"turn_format": 1.0})
+        compare("three turns", start, three, options, folder)
 
 
 if __name__ == "__main__":
