@@ -1,5 +1,6 @@
 # make demo        train three methods side by side on the embedded world, and write the report
 # make test        the fast tests            make test-slow   the end-to-end tests
+# make test-trl    those of the adapter for TRL, with its newest and its oldest release (a part of test-slow)
 # make check       lint, format, types, tests
 # make clean       remove what these targets made, the environment included
 
@@ -8,10 +9,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := runs/demo
+PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
+TRL_RELEASES := 1.16.0 1.8.0
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-trl check clean
 
 demo: $(VENV)/.train-installed
 	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
@@ -22,8 +25,13 @@ test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 # pytest leaves with 5 where it finds no test: right only as long as no test is slow.
-test-slow: $(VENV)/.dev-installed
+test-slow: $(VENV)/.dev-installed test-trl
 	$(BIN)/python -m pytest -m slow || { [ $$? -eq 5 ] && ! grep -rq "mark\.slow" tests; }
+
+test-trl: $(TRL_RELEASES:%=.venv-trl-%/.installed)
+	for release in $(TRL_RELEASES); do \
+		PYTHONPATH=src .venv-trl-$$release/bin/python -m pytest -m slow tests/test_adapters_trl.py || exit 1; \
+	done
 
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
@@ -32,7 +40,7 @@ check: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl-* $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,3 +53,12 @@ $(VENV)/.train-installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e ".[dev]"
 	touch $@ $(VENV)/.train-installed
+
+# An environment per release of TRL: its packages beside those of the main one, which it sees through a path file.
+# The oldest needs requests and jmespath without asking for them.
+.venv-trl-%/.installed: constraints-trl.txt $(VENV)/.dev-installed
+	$(PYTHON) -m venv .venv-trl-$*
+	$(BIN)/python -c "$(PURELIB)" > $$(.venv-trl-$*/bin/python -c "$(PURELIB)")/main.pth
+	.venv-trl-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-trl.txt "trl==$*" requests jmespath
+	touch $@

@@ -75,6 +75,7 @@ LAYERS = [
     "inspection",
     "display",
     "serving",
+    "adapters",
     "cli",
 ]
 """Every module and folder, in the order of the flow."""
@@ -131,6 +132,7 @@ def modules_after(code: str) -> set[str]:
         ("import turnwise.credit, turnwise.lab", {"torch", "transformers", "tyro", "rich"}),
         ("import turnwise.env, turnwise.rewards, turnwise.config", {"torch", "transformers"}),
         ("import turnwise.report, turnwise.display", {"torch", "transformers"}),
+        ("import turnwise.adapters.rows, turnwise.adapters.doctor", {"torch", "transformers", "trl", "verl"}),
         ("from turnwise.cli import main; main(['--help'])", {"torch", "numpy", "tyro", "rich"}),
         ("from turnwise.cli import main; main(['search', 'Kenya'])", {"torch", "transformers"}),
     ],

@@ -28,6 +28,28 @@ PAD = "<|endoftext|>"
 SPECIALS = (PAD, START, END)
 BREAKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 """Code points that are no characters, one of which keeps a control token apart inside text."""
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\n' -}}
+    {%- if message.role == 'tool' -%}
+        {{- '<result>\n' + message.content + '\n</result>' -}}
+    {%- else -%}
+        {{- message.content or '' -}}
+    {%- endif -%}
+    {%- for call in message.tool_calls or [] -%}
+        {{- '<tool>\n{"name": ' + call.function.name | tojson + ', "args": ' -}}
+        {{- call.function.arguments | tojson + '}\n</tool>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+"""
+"""The frame as a Jinja template, for tools that render conversations themselves.
+
+Tool calls and what they return are written in the tags of protocol `tools`. The tools' descriptions are not in it: they
+stand in the system message."""
 
 
 class Tokenizer(Protocol):
@@ -492,7 +514,7 @@ def load_chat(folder: Path) -> Chat:
     """
     tokenizer = BPETokenizer(_backend(folder))
     template = read_template(folder)
-    if template is None:
+    if template is None or template.source == CHAT_TEMPLATE:
         return Chat(tokenizer)
     return TemplateChat(tokenizer, template, stop_tokens=_generation_stops(folder, tokenizer))
 
@@ -502,11 +524,12 @@ def save_chat(chat: Chat, folder: Path) -> None:
     tokenizer = chat.tokenizer
     assert isinstance(tokenizer, BPETokenizer), "only a real tokenizer can be saved"
     tokenizer.backend.save(str(folder / "tokenizer.json"))
-    tokens = {"eos_token": END, "pad_token": PAD}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if chat.template:
         write_template(chat.template, folder)
-        tokens = dict(chat.template.tokens)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+        settings |= chat.template.tokens
+    else:
+        settings |= {"eos_token": END, "pad_token": PAD, "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

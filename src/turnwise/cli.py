@@ -932,6 +932,23 @@ def lab(
         print(f"Written to {out}.json and {out}.svg.")
 
 
+def doctor(trainer: str, /) -> int:
+    """Check that a trainer's adapter works here, and say what to run where it does not.
+
+    Args:
+        trainer: "trl".
+    """
+    from turnwise.adapters.doctor import examine, failed
+
+    sick = False
+    for finding in examine(trainer):
+        sick = failed(finding)
+        print(f"{'FAILED' if sick else 'ok'}  {finding.what}")
+        if sick:
+            print(f"to mend it:  {finding.fix}")
+    return int(sick)
+
+
 # --- the commands ---------------------------------------------------------------------------------
 
 
@@ -956,6 +973,7 @@ COMMANDS = {
     "lab": Command("compare estimators with exact gradients on small processes", lab),
     "search": Command("search a corpus as the agent's tool does", search),
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),
+    "doctor": Command("check that turn credit works inside another trainer (trl)", doctor),
     "convert": Command("make task and corpus files from public question sets", convert),
     "convert-weights": Command("make a checkpoint of llama2.c's weights", convert_weights),
     "warmup": Command("make a starting checkpoint from demonstrations", build=_warmup_command),
