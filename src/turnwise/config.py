@@ -220,7 +220,7 @@ class TrainConfig:
             ("tracker", self.tracker, (None, *TRACKERS)),
         ):
             if value not in known:
-                raise unknown_name(option, value, [name for name in known if name])
+                raise unknown_name(option, str(value), [name for name in known if name])
         self._check_critic()
         self._check_engine()
         self._check_lora()

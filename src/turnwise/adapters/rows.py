@@ -100,7 +100,7 @@ def batch_turn_ids(action: np.ndarray, turn_ids: Sequence[Sequence[int]] | np.nd
     from_mask = turn_ids_from_mask(action)
     if turn_ids is None:
         return from_mask
-    given = np.full(from_mask.shape, -1)
+    given: np.ndarray = np.full(from_mask.shape, -1)
     for i, row in enumerate(turn_ids):
         given[i, : len(row)] = np.asarray(row[: given.shape[1]], dtype=np.int64)
     blank = np.all(from_mask < 0, axis=1)  # a trainer masks whole rows out, such as those that were cut off
