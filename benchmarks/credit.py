@@ -240,6 +240,10 @@ def mt_grpo(step: Step) -> PerTurn:
     return to_go(own, 1.0)
 
 
+def grpo_decoupled(step: Step) -> PerTurn:
+    return [[turns[0] for _ in turns] for turns in mt_grpo(step)]
+
+
 def mt_grpo_repo(step: Step) -> PerTurn:
     own = scores([sum(turns) for turns in totals(step)], groups(step))
     outcome, both = scores(outcomes(step), groups(step)), scores(merged(step), groups(step))
@@ -439,6 +443,7 @@ LOOPS: dict[str, Callable[[Step], PerTurn]] = {
     "reinforce++": reinforce_pp,
     "reinforce++-baseline": reinforce_pp_baseline,
     "gdpo": gdpo,
+    "grpo-decoupled": grpo_decoupled,
     "mt-grpo": mt_grpo,
     "mt-grpo-repo": mt_grpo_repo,
     "turn-rloo": turn_rloo,

@@ -33,10 +33,13 @@ TRAINABLE = (*(name for name in ESTIMATORS if set(NEEDS.get(name, ())) <= set(RE
 """The estimators that training can use on rollouts that do not branch."""
 BRANCHING = tuple(name for name in ESTIMATORS if "node" in NEEDS.get(name, ()))
 """Those for rollouts that branch."""
-DISCOUNTED = ("grpo-mr", "turn-rloo", *CRITIC_METHODS)
+DISCOUNTED = ("grpo-mr", "turn-rloo", "gtpo", *CRITIC_METHODS)
 """Those that take `gamma`."""
 CRITICS = ("own", "shared")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+PLACEBOS = ("turns", "rollouts", "end")
+CONTROLS = ("placebo", "outcome_noise", "tool_failures")
+"""The options that disturb what training sees, for comparisons."""
 AGGREGATIONS = ("sequence-mean", "token-mean", "turn-mean", "constant")
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
@@ -56,7 +59,8 @@ class TrainConfig:
     """mt-grpo, mt-grpo-tree: weight of later turns' advantages in earlier ones, in [0, 1]."""
     gamma: float | None = None
     """Discount in (0, 1]; by default the method's own. Per token: ppo-or, ppo-mr, mt-ppo, mt-ppo-paid-at-end (1). Per
-    turn: turn-ppo, step-ppo (.99), bi-level-gae, vetta (.95), grpo-mr, turn-rloo (1). The others keep their papers'."""
+    turn: turn-ppo, step-ppo (.99), bi-level-gae, vetta (.95), gtpo (.9), grpo-mr, turn-rloo (1). The others keep their
+    papers'."""
     lam: float | None = None
     """Lambda of GAE in [0, 1], per token or turn as `gamma`; by default the method's own: ppo-or, ppo-mr, mt-ppo,
     mt-ppo-paid-at-end, step-ppo, bi-level-gae 1, turn-ppo .9, vetta .95."""
@@ -108,6 +112,14 @@ class TrainConfig:
     """What each reward component is worth; by default the paper's, for the protocol."""
     exact_match: Literal["paper", "squad", "triviaqa"] = "squad"
     """Whose definition of exact match the rewards use."""
+
+    placebo: Literal["turns", "rollouts", "end"] | None = None
+    """A control: learn from turn rewards that are dealt out anew among each rollout's turns, or among the group's
+    rollouts at each turn, or that are paid at the end (docs/compare.md)."""
+    outcome_noise: float = 0.0
+    """A control: standard deviation of normal noise on the outcome reward of every rollout that is learned from."""
+    tool_failures: float = 0.0
+    """A control: the probability that a tool's result is lost, in training rollouts."""
 
     judge_url: str | None = None
     """An OpenAI-compatible endpoint whose model judges the rollouts, such as http://127.0.0.1:8000/v1."""
@@ -217,6 +229,7 @@ class TrainConfig:
             ("sampler-correction", self.sampler_correction, CORRECTIONS),
             ("exact-match", self.exact_match, EXACT_MATCHES),
             ("ratio", self.ratio, RATIOS),
+            ("placebo", self.placebo, (None, *PLACEBOS)),
             ("tracker", self.tracker, (None, *TRACKERS)),
         ):
             if value not in known:
@@ -225,6 +238,7 @@ class TrainConfig:
         self._check_engine()
         self._check_lora()
         self._check_sampling()
+        self._check_controls()
         if self.ratio == "sequence" and self.estimator not in ONE_PER_ROLLOUT:
             raise ConfigError(
                 f"ratio 'sequence' must go with an estimator that gives a whole rollout one advantage; got "
@@ -332,6 +346,18 @@ class TrainConfig:
                 f"sampler-cap must go with sampler-correction truncate or mask; got {self.sampler_cap} with none; "
                 "leave it out, or name a correction"
             )
+
+    def _check_controls(self) -> None:
+        """Raises ConfigError for a control where what it disturbs is shared by rollouts, or chosen by."""
+        for name in CONTROLS:
+            if not getattr(self, name):
+                continue
+            for other in ("branches", "dynamic_sampling"):
+                if getattr(self, other):
+                    raise ConfigError(
+                        f"{name.replace('_', '-')} must go with rollouts that are each drawn and kept alone; got "
+                        f"{other.replace('_', '-')}; leave one of them out"
+                    )
 
     def _check_environment(self) -> None:
         """Raises ConfigError for options of tools and tags where an environment from elsewhere has neither."""
@@ -474,13 +500,15 @@ def _check_weights(weights: Any) -> None:
 
 _CRITIC_OPTIONS = ("lam", "whiten", "critic", "critic_learning_rate", "critic_warmup_steps", "value_clip")
 """The options that mean nothing without a critic."""
-TOOL_OPTIONS = ("protocol", "tools", "corpus", "search_results", "result_chars", "judge_url")
+TOOL_OPTIONS = ("protocol", "tools", "corpus", "search_results", "result_chars", "judge_url", "tool_failures")
 """The options that mean nothing in an environment from elsewhere."""
 _JUDGE_OPTIONS = ("judge_model", "judge_key_env", "judge_rubric", "judge_outcome_rubric", "judge_cache")
 """The options that mean nothing without a judge's URL."""
 _INF = math.inf
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("alpha", 0, 1),
+    ("outcome_noise", 0, 1_000_000),
+    ("tool_failures", 0, 1),
     ("judge_concurrency", 1, 256),
     ("judge_timeout_s", 0.01, 3600),
     ("search_results", 1, 100),

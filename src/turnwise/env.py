@@ -4,14 +4,19 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import random
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from turnwise.errors import ConfigError
 from turnwise.protocols import ProtocolName, opening, protocol_named, read_message, reply_messages
-from turnwise.tools import Tool, ToolSession, call_tools
+from turnwise.tools import Tool, ToolSession, call_tools, error_result
 from turnwise.types import Action, Message, Stop, Task, ToolResult
+
+
+LOST = error_result("exception", "the tool did not answer; try again")
+"""What the agent sees of a call whose result is lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,8 @@ class Step:
 class Environment(Protocol):
     """One task, played once, in messages; tokens are none of its business.
 
-    It may have three methods more. `fork() -> Environment`: where rollouts branch, an environment is copied between two
+    It may have four methods more. `use_seed(seed: int)`: called before `start` with the rollout's seed, for what an
+    environment draws by chance. `fork() -> Environment`: where rollouts branch, an environment is copied between two
     steps, by this method or else by `copy.deepcopy`; what one copy does afterwards must not show in another.
     `state_key() -> str`: a name of the state that it is in, equal for equal states, for methods that compare turns
     taken in the same state; without it equal replies are taken for equal states. `close()`, async or not: called once
@@ -75,6 +81,11 @@ async def closed(environment: Environment) -> None:
             await done
 
 
+def seeded(environment: Environment, seed: int) -> None:
+    """Gives an environment its rollout's seed, if it wants one."""
+    getattr(environment, "use_seed", lambda seed: None)(seed)
+
+
 def state_of(environment: Environment) -> str | None:
     """The environment's name of its state, or None where it has none."""
     return getattr(environment, "state_key", lambda: None)()
@@ -86,6 +97,10 @@ class TurnLimit:
     def __init__(self, environment: Environment, max_turns: int) -> None:
         self._environment = environment
         self._turns_left = max_turns
+
+    def use_seed(self, seed: int) -> None:
+        """Hands the rollout's seed on."""
+        seeded(self._environment, seed)
 
     def start(self) -> tuple[Message, ...] | Awaitable[tuple[Message, ...]]:
         """The environment's first messages."""
@@ -116,11 +131,17 @@ class ToolEnvironment:
     Every turn counts, the answering one included, so a rollout can use `max_turns` - 1 calls. A
     call that fails or cannot be read is answered by an error result and costs its turn. A call in
     the last turn is not executed: the rollout stops with `max_turns`. Protocol `search` says before
-    the last turn that it must answer.
+    the last turn that it must answer. Each call's result is lost with probability `failures`, by the rollout's seed.
     """
 
     def __init__(
-        self, task: Task, tools: Mapping[str, Tool], *, max_turns: int = 2, protocol: ProtocolName = "tools"
+        self,
+        task: Task,
+        tools: Mapping[str, Tool],
+        *,
+        max_turns: int = 2,
+        protocol: ProtocolName = "tools",
+        failures: float = 0.0,
     ) -> None:
         if max_turns < 1:
             raise ConfigError(f"max_turns must be >= 1; got {max_turns}; 2 allows one tool call and an answer")
@@ -130,6 +151,12 @@ class ToolEnvironment:
         self._tools = tools
         self._session = ToolSession(tools, task)
         self._turns_left = max_turns
+        self._failures = failures
+        self._chance = random.Random(0)
+
+    def use_seed(self, seed: int) -> None:
+        """What fails by chance is drawn from this seed."""
+        self._chance = random.Random(seed)
 
     def start(self) -> tuple[Message, ...]:
         """The rules as system message, the question as user message."""
@@ -145,9 +172,15 @@ class ToolEnvironment:
         if stop:
             self._turns_left = 0
             return Step(action=action, stop=stop)
-        results = await call_tools(await self._session.tools(), action)
+        results = self._received(await call_tools(await self._session.tools(), action))
         reply = reply_messages(self._protocol, action, results, last=self._turns_left == 1)
         return Step(action=action, results=results, reply=reply)
+
+    def _received(self, results: tuple[ToolResult, ...]) -> tuple[ToolResult, ...]:
+        """The results without those that are lost."""
+        if not self._failures:
+            return results
+        return tuple(LOST if self._chance.random() < self._failures else result for result in results)
 
     def fork(self) -> "ToolEnvironment":
         """A copy with its own state, and copies of the objects of its tools; what a function remembers, all see."""

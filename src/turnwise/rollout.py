@@ -15,7 +15,7 @@ import numpy as np
 
 from turnwise.chat import Chat
 from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
-from turnwise.env import Environment, Step, closed, forked, started, state_of
+from turnwise.env import Environment, Step, closed, forked, seeded, started, state_of
 from turnwise.errors import ConfigError, InputError
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
@@ -87,6 +87,7 @@ class _Player:
     async def line(self, environment: Environment, seed: int) -> _Line:
         """The line of an environment that starts. Raises InputError where its prompt leaves no room for one turn."""
         try:
+            seeded(environment, seed)
             prompt = tuple(self.chat.prompt_ids(await started(environment)))
             state = state_of(environment)
         except Exception as failure:  # whatever a user's environment raises is a fact about this rollout

@@ -45,12 +45,20 @@ class Setting:
     rewards: Mapping[str, RewardFunction]
     source: Source | None = None
     """Where environments come from, if they are not those of the tools."""
+    tool_failures: float = 0.0
+    """The probability that a call's result is lost; training sets it for the rollouts that it learns from."""
 
     def environment(self, task: Task) -> Environment:
         """A fresh environment for one rollout of a task."""
         if self.source:
             return self.source.environment(task, self.config.max_turns)
-        return ToolEnvironment(task, self.tools, max_turns=self.config.max_turns, protocol=self.config.protocol)
+        return ToolEnvironment(
+            task,
+            self.tools,
+            max_turns=self.config.max_turns,
+            protocol=self.config.protocol,
+            failures=self.tool_failures,
+        )
 
     def scored(self, task: Task, rollout: Rollout) -> Rollout:
         """The rollout with its rewards."""

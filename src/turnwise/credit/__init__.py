@@ -20,7 +20,7 @@ from turnwise.credit.gae import (
 )
 from turnwise.credit.grouped import anchor_keys, gagpo, gigpo, gtpo, hgpo, hgpo_code, irc_hybrid, matchtir, turn_rloo
 from turnwise.credit.modulators import agent_opsd, empg
-from turnwise.credit.mt_grpo import mt_grpo, mt_grpo_repo
+from turnwise.credit.mt_grpo import grpo_decoupled, mt_grpo, mt_grpo_repo
 from turnwise.credit.parts import (
     Credit,
     Stream,
@@ -97,6 +97,7 @@ __all__ = [
     "gigpo",
     "group_mean",
     "group_std",
+    "grpo_decoupled",
     "grpo_mr",
     "grpo_or",
     "gtpo",

@@ -17,7 +17,7 @@ from turnwise.credit.gae import (
     vetta,
 )
 from turnwise.credit.grouped import gagpo, gigpo, gtpo, hgpo, hgpo_code, irc_hybrid, matchtir, turn_rloo
-from turnwise.credit.mt_grpo import mt_grpo, mt_grpo_repo
+from turnwise.credit.mt_grpo import grpo_decoupled, mt_grpo, mt_grpo_repo
 from turnwise.credit.parts import Credit
 from turnwise.credit.trajectory import dr_grpo, gdpo, grpo_mr, grpo_or, reinforce_pp, reinforce_pp_baseline, rloo
 from turnwise.credit.trees import carl_edges, mt_grpo_tree, slate, tree_grpo, treerl, vineppo
@@ -30,6 +30,7 @@ ESTIMATORS: dict[str, Callable[..., Credit]] = {
     "reinforce++": reinforce_pp,
     "reinforce++-baseline": reinforce_pp_baseline,
     "gdpo": gdpo,
+    "grpo-decoupled": grpo_decoupled,
     "mt-grpo": mt_grpo,
     "mt-grpo-repo": mt_grpo_repo,
     "turn-rloo": turn_rloo,
@@ -72,5 +73,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 WHOLE_STEP = ("reinforce++", "reinforce++-baseline", "gdpo", "step-ppo")
 """Those that whiten over the whole step: what a turn gets depends on the other groups."""
 
-ONE_PER_ROLLOUT = ("grpo-or", "grpo-mr", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "gdpo", "tree-grpo")
+ONE_PER_ROLLOUT = (
+    *("grpo-or", "grpo-mr", "dr-grpo", "rloo", "reinforce++", "reinforce++-baseline", "gdpo", "grpo-decoupled"),
+    "tree-grpo",
+)
 """Those that give all turns of a rollout the same advantage."""
