@@ -31,7 +31,8 @@ def update(
     *,
     at_once: int = 1,
 ) -> dict[str, float]:
-    """`passes` times `minibatches` optimiser steps over a step's rollouts; means of what they saw.
+    """`passes` times `minibatches` optimiser steps over a step's rollouts; means of what they saw, and how many
+    positions they computed together.
 
     `at_once` micro-batches are computed at a time; their gradients are added in order, so the number changes nothing.
     In the first `critic_warmup_steps` steps the critic learns alone.
@@ -49,8 +50,10 @@ def update(
             minibatch = [row for group, row in rows if group in chosen]
             if minibatch:
                 seen.append(_optimise(policy, optimizer, minibatch, config, reference, critic, learned >= 0, at_once))
+    positions = sum(s.pop("positions") for s in seen)
     names = dict.fromkeys(name for s in seen for name in s)
-    return {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
+    means = {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
+    return {**means, "positions": positions}
 
 
 def _rise(step: int, steps: int) -> float:
@@ -108,7 +111,9 @@ def _optimise(
         _add(learned, gradients)
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
+    positions = sum(int(level.lengths.sum()) for batch in batches for level in batch.levels)
     found = {"live_rollouts": sum(row.count for row in live) / len(rows), "computed_rows": len(live) / len(rows)}
+    found["positions"] = float(positions)
     if critic:
         found |= {name: sums.pop(name) for name in ("value_loss", "value_clip_fraction")}
         found["value_grad_norm"] = _stepped(critic.optimizer, config.max_grad_norm, "critic-learning-rate")

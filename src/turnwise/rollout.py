@@ -7,7 +7,7 @@ once, when it arrives, and appended.
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -275,14 +275,18 @@ def _numbered(leaves: Sequence[tuple[tuple[int, ...], Rollout]]) -> list[Rollout
 
 def sampled_tokens(rollouts: Iterable[Rollout]) -> int:
     """How many tokens the policy sampled in the rollouts of a step, those of shared turns once."""
-    count, seen = 0, set()
+    return sum(len(turn.action_ids) for turn in turns_once(rollouts))
+
+
+def turns_once(rollouts: Iterable[Rollout]) -> Iterator[Turn]:
+    """The turns of a step's rollouts, those that rollouts share once."""
+    seen = set()
     for rollout in rollouts:
         for k, turn in enumerate(rollout.turns):
             node = (rollout.group, rollout.nodes[k]) if rollout.nodes else None
             if node is None or node not in seen:
-                count += len(turn.action_ids)
+                yield turn
             seen.add(node)
-    return count
 
 
 def _reserved(chat: Chat, limits: Limits, turns: int) -> int:

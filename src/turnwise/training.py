@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from turnwise.batch import Row
+from turnwise.compute import update_flops
 from turnwise.config import CRITIC_METHODS, TrainConfig
+from turnwise.controls import learned_from
 from turnwise.cores import parts_at_once
 from turnwise.correction import corrected
 from turnwise.credit import (
@@ -42,7 +44,7 @@ from turnwise.learning import update
 from turnwise.lora import add_lora, is_adapted
 from turnwise.memory import MemoryEstimate, check_memory, memory_estimate, rollout_lengths
 from turnwise.policy import Policy, load_policy, named_folder
-from turnwise.rollout import sampled_tokens
+from turnwise.rollout import sampled_tokens, turns_once
 from turnwise.rundir import (
     append_lines,
     create_run,
@@ -328,6 +330,7 @@ class _Run:
         kept = [r for group in drawn.kept for r in group]
         if not kept:
             raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
+        kept = learned_from(kept, config, self.step)
         threads = config.threads or torch.get_num_threads()
         at_once = 1 if config.gradient_checkpointing else parts_at_once(self.policy.model, threads)
         credited = credit_rollouts(kept, config, self.critic, pad_id=self.policy.chat.pad_id, at_once=at_once)
@@ -351,12 +354,14 @@ class _Run:
             **_reward_means(finished),
             **_credit_metrics(credited),
             **mismatch,
-            **learning,
+            **{name: value for name, value in learning.items() if name != "positions"},
             **(drawn.metrics() if config.dynamic_sampling else {}),
             "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in finished])),
             "failed_rollouts": sum(r.stop == "error" for r in rollouts) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in finished])),
             "sampled_tokens": float(self.sampled_tokens),
+            "environment_calls": float(_environment_calls(drawn.played, config)),
+            "update_flops": update_flops(self.policy, self.critic, learning["positions"], config, self.step),
             "tokens_per_s": tokens / (ended - start),
             "rollout_s": rolled - start,
             "update_s": ended - rolled,
@@ -394,7 +399,7 @@ class _Run:
         tasks = ordered_tasks(self.setting.train, config.seed, self.drawn_tasks + first, count)
         groups = draw(
             tasks,
-            self.setting,
+            dataclasses.replace(self.setting, tool_failures=config.tool_failures),
             self.engines,
             self.policy.chat,
             limits=self.limits,
@@ -470,6 +475,12 @@ class _Drawn:
     def metrics(self) -> dict[str, float]:
         """How much was drawn beside what the step learns from."""
         return {"dropped_groups": float(len(self.played) - len(self.kept)), "extra_rounds": float(self.rounds)}
+
+
+def _environment_calls(played: Sequence[Sequence[tuple[Task, Rollout]]], config: TrainConfig) -> int:
+    """Tool calls that were answered, with an error too; messages to an environment that has no calls of its own."""
+    turns = [turn for group in played for turn in turns_once([r for _, r in group])]
+    return sum(len(turn.results) for turn in turns) if config.tag_protocol else len(turns)
 
 
 def _is_usable(rollout: Rollout) -> bool:
