@@ -541,6 +541,53 @@ def _reproduce_command(args: Sequence[str]) -> Callable[..., int]:
     return reproduce
 
 
+def compare_design(
+    file: Path,
+    /,
+    *,
+    seeds: int | None = None,
+    jobs: int | None = None,
+    runs: Path = Path("runs/compare"),
+    results: Path = Path("results"),
+    dry_run: bool = False,
+) -> int:
+    """Train the arms of a comparison over its seeds, and write how they differ seed by seed.
+
+    Stopped and started again, it goes on where it was.
+
+    Args:
+        file: The comparison: a TOML file with what is shared and a table for each arm (docs/compare.md).
+        seeds: Seeds 0 .. seeds-1 instead of the file's.
+        jobs: Runs at a time instead of the file's, each on one thread.
+        runs: Folder of the run directories; runs that are there are continued, finished ones are kept.
+        results: Folder of the result, NAME.json and NAME.md.
+        dry_run: Check the file and say what would be run.
+    """
+    from rich.console import Console
+
+    from turnwise import designs
+    from turnwise.compare import check_arms
+    from turnwise.display import comparison_display
+
+    design = designs.read_design(file, seeds=seeds, jobs=jobs)
+    if dry_run:
+        check_arms(design.arms.values())
+        for arm, baseline in design.baselines.items():
+            print(f"{arm}: {design.arms[arm].estimator}{'' if arm == baseline else f', compared with {baseline}'}")
+        print(f"{len(design.arms)} arms x {design.seeds} seeds = {len(design.arms) * design.seeds} runs")
+        return 0
+    console = Console()
+    if console.is_terminal:
+        with comparison_display(design.name, console) as show:
+            result = designs.compare(design, runs=runs, results=results, look=lambda jobs: show(designs.progress(jobs)))
+    else:
+        result = designs.compare(design, runs=runs, results=results)
+    print(result.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"The numbers are in {result}. The page with curves and credit:")
+    print(f"  turnwise report {runs / design.name}/*/")
+    return 0
+
+
 # --- commands that read a run ---------------------------------------------------------------------
 
 
@@ -977,6 +1024,7 @@ COMMANDS = {
     "convert": Command("make task and corpus files from public question sets", convert),
     "convert-weights": Command("make a checkpoint of llama2.c's weights", convert_weights),
     "warmup": Command("make a starting checkpoint from demonstrations", build=_warmup_command),
+    "compare": Command("compare arms of a design over seeds, seed by seed", compare_design),
     "reproduce": Command("compare methods over seeds", build=_reproduce_command),
 }
 

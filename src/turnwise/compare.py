@@ -10,8 +10,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ SHARED = ("out", "seed", "threads", "policy", "tasks", "validation_tasks", "corp
 """The options that one method of a comparison cannot have to itself."""
 LAST_STEP_S = 60.0
 """Seconds that a worker may take over its last step once its parent is gone."""
+LOOK_S = 1.0
+"""Seconds between two looks at the runs."""
 _is_orphan = threading.Event()
 """Set in a worker whose parent is gone."""
 EVALUATED_ROWS = 96
@@ -69,38 +71,83 @@ def reproduce(config: ReproduceConfig) -> Path:
 
     Stopped and started again, it goes on where it was. Returns the result file.
     """
+    arms = read_arms(config)
+    check_arms(arms.values())
+    make_folders(config.results, config.runs / config.name)
+    jobs = run_configs(arms, config.seeds, config.runs / config.name)
+    start, records = run_all(jobs, config.train, eval_size=config.eval_size, at_once=config.jobs)
+    return write_results(config, start, records)
+
+
+Key = tuple[str, int]
+"""A run's arm and seed."""
+
+
+def check_arms(arms: Iterable[TrainConfig]) -> None:
+    """Bad input of any arm raises here, before any process starts."""
     from turnwise.policy import load_policy
-    from turnwise.rundir import writing
     from turnwise.setting import make_setting
 
-    arms = read_arms(config)
-    for arm in arms.values():
+    starts = {}
+    for arm in arms:
         if arm.environment:
             raise ConfigError(
                 "environment must be left out of a comparison, whose tables are of searches and answers; got "
                 f"{arm.environment}; train each method with turnwise train"
             )
-        make_setting(arm)  # bad input raises before any process starts
-    load_policy(config.train.start)
-    for folder in (config.results, config.runs / config.name):
+        make_setting(arm)
+        starts[arm.start] = None
+    for start in starts:
+        load_policy(start)
+
+
+def make_folders(*folders: Path) -> None:
+    """Makes folders that are not there. Raises RunError where that cannot be."""
+    from turnwise.rundir import writing
+
+    for folder in folders:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    jobs = {
-        (name, seed): dataclasses.replace(arm, seed=seed, threads=1, out=config.runs / config.name / f"{name}-{seed}")
-        for seed in range(config.seeds)
+
+
+def run_configs(arms: Mapping[str, TrainConfig], seeds: int, folder: Path) -> dict[Key, TrainConfig]:
+    """The configuration of every run, in the order in which they are made: seed by seed, so that pairs end together."""
+    return {
+        (name, seed): dataclasses.replace(arm, seed=seed, threads=1, out=folder / f"{name}-{seed}")
+        for seed in range(seeds)
         for name, arm in arms.items()
     }
+
+
+def run_all(
+    jobs: Mapping[Key, TrainConfig],
+    shared: TrainConfig,
+    *,
+    eval_size: int,
+    at_once: int,
+    look: Callable[[], None] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The start's record and that of each run, arm by arm; finished runs are kept, others begun or continued.
+
+    Each run is in a process of its own with one thread, `at_once` of them at a time. With `look`, which is called every
+    second or so, the runs print nothing themselves. The first that fails ends all.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    records: dict[tuple[str, int], dict[str, Any]] = {}
+    records: dict[Key, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(at_once, mp_context=context, initializer=_one_thread) as pool:
         try:
-            started = pool.submit(_start_record, config)
-            running = {pool.submit(run_one, job, config.eval_size): key for key, job in jobs.items()}
-            for done in as_completed([started, *running]):
-                found = done.result()
-                if done in running:
-                    records[running[done]] = found
+            started = pool.submit(_start_record, shared, eval_size)
+            running = {pool.submit(run_one, job, eval_size, key[0], not look): key for key, job in jobs.items()}
+            left = {started, *running}
+            while left:
+                ended, left = wait(left, timeout=LOOK_S if look else None, return_when=FIRST_COMPLETED)
+                for done in ended:
+                    found = done.result()
+                    if done in running:
+                        records[running[done]] = found
+                if look:
+                    look()
             start = started.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -109,8 +156,8 @@ def reproduce(config: ReproduceConfig) -> Path:
             raise
     for job in jobs.values():
         _write_evaluations(job.out, start["evaluations"], suffix="-start")
-    ordered = [(name, seed) for name in arms for seed in range(config.seeds)]
-    return write_results(config, start, [{"arm": key[0], **records[key]} for key in ordered])
+    arms = dict.fromkeys(arm for arm, _ in jobs)
+    return start, [{"arm": arm, **records[arm, seed]} for arm in arms for own, seed in jobs if own == arm]
 
 
 def read_arms(config: ReproduceConfig) -> dict[str, TrainConfig]:
@@ -122,6 +169,11 @@ def read_arms(config: ReproduceConfig) -> dict[str, TrainConfig]:
         raise InputError(f"{config.arms} must name methods to compare; it is empty; write a table for each")
     shared = config_to_dict(config.train)
     arms: dict[str, TrainConfig] = {}
+    if "shared" in found:
+        raise InputError(
+            f"{config.arms} must be a file of arms alone; it has a table [shared], as those of turnwise compare have; "
+            f"make it so: turnwise compare {config.arms}"
+        )
     for name, options in found.items():
         if not isinstance(options, dict) or not re.fullmatch(NAME, name):
             raise InputError(
@@ -158,7 +210,7 @@ def _stop_with_parent() -> None:
     os._exit(1)
 
 
-def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
+def run_one(config: TrainConfig, eval_size: int, arm: str = "", says: bool = True) -> dict[str, Any]:
     """Trains one run unless it is finished, evaluates its last policy, and returns its record."""
     from turnwise.rundir import latest_checkpoint, write_atomically
     from turnwise.training import train
@@ -177,10 +229,11 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
                 "choose another --runs"
             )
         return record
-    if not train(config, resume=resume, display=_Lines(config)).finished:
+    if not train(config, resume=resume, display=_Lines(config, arm) if says else None).finished:
         raise KeyboardInterrupt  # stopped by a signal: no record of half a run
     folder, state = latest_checkpoint(config.out)
     record = {
+        "arm": arm or config.estimator,
         "estimator": config.estimator,
         "seed": config.seed,
         "steps": state["step"],
@@ -188,6 +241,7 @@ def run_one(config: TrainConfig, eval_size: int) -> dict[str, Any]:
         "eval_size": eval_size,
         "evaluations": evaluations(str(folder), config, eval_size),
         "curve": _curve(config.out),
+        "cost": _cost(config.out),
     }
     _write_evaluations(config.out, record["evaluations"])
     write_atomically(finished, json.dumps(record, indent=1) + "\n")
@@ -209,12 +263,12 @@ def _check_same(config: TrainConfig) -> None:
             )
 
 
-def _start_record(config: ReproduceConfig) -> dict[str, Any]:
+def _start_record(config: TrainConfig, eval_size: int) -> dict[str, Any]:
     """The evaluations of the policy that every run starts from, and the raw question's rate as a query."""
-    shared = dataclasses.replace(config.train, threads=1)
+    shared = dataclasses.replace(config, threads=1)
     return {
-        "evaluations": evaluations(config.train.start, shared, config.eval_size),
-        "raw_question_answer_in_results": raw_question_rates(shared, config.eval_size),
+        "evaluations": evaluations(config.start, shared, eval_size),
+        "raw_question_answer_in_results": raw_question_rates(shared, eval_size),
     }
 
 
@@ -282,20 +336,21 @@ def raw_question_rates(config: TrainConfig, size: int) -> dict[str, float]:
 class _Lines:
     """Progress of one of several runs: a line every ten steps."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, arm: str = "") -> None:
         self.config = config
+        self.name = f"{arm or config.estimator:8} seed {config.seed}"
 
     def say(self, text: str) -> None:
-        print(f"{self.config.estimator:8} seed {self.config.seed}  {text}", flush=True)
+        print(f"{self.name}  {text}", flush=True)
 
     def show(self, record: Mapping[str, Any]) -> None:
         step, metrics = record["step"], record["metrics"]
         for warning in record.get("warnings", ()):
-            print(f"{self.config.estimator:8} seed {self.config.seed}  warning at step {step}: {warning}", flush=True)
+            print(f"{self.name}  warning at step {step}: {warning}", flush=True)
         if record["split"] == "train" and step % 10 != 1 and step != self.config.steps:
             return
         print(
-            f"{self.config.estimator:8} seed {self.config.seed}  {record['split']:10} step {step:3}/{self.config.steps}"
+            f"{self.name}  {record['split']:10} step {step:3}/{self.config.steps}"
             f"  tool {metrics.get('tool_execution', 0):4.0%}  answer found {metrics.get('answer_in_results', 0):4.0%}"
             f"  exact match {metrics.get('exact_match', 0):4.0%}  {record['wall_s']:5.0f} s",
             flush=True,
@@ -320,10 +375,26 @@ _CURVES = (
 """The metrics of training rollouts that a result keeps of every step, where the run has them."""
 
 
+def _steps(run: Path) -> list[dict[str, Any]]:
+    """The metrics of every training step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["metrics"] for line in lines if line["split"] == "train"]
+
+
+COSTS = ("environment_calls", "update_flops", "rollout_s", "update_s")
+"""What a step costs beside its sampled tokens, which are counted up to it."""
+
+
+def _cost(run: Path) -> dict[str, float]:
+    """What a run took: sampled tokens, calls, operations of updates, seconds of the halves of its steps."""
+    steps = _steps(run)
+    summed = {name: round(sum(step.get(name, 0.0) for step in steps), 3) for name in COSTS}
+    return {"sampled_tokens": steps[-1].get("sampled_tokens", 0.0), **summed}
+
+
 def _curve(run: Path) -> dict[str, list[float | None]]:
     """The kept metrics by step; None where a step had none (no live rollout)."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [line["metrics"] for line in lines if line["split"] == "train"]
+    steps = _steps(run)
     curve = {name: [round(step[name], 4) if step.get(name) is not None else None for step in steps] for name in _CURVES}
     return {name: values for name, values in curve.items() if any(value is not None for value in values)}
 
@@ -333,36 +404,49 @@ def _curve(run: Path) -> dict[str, list[float | None]]:
 
 def write_results(config: ReproduceConfig, start: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Path:
     """Writes the numbers as JSON and the table as Markdown; numbers only, none of the data's text."""
-    import torch
-
-    import turnwise
-    from turnwise.rundir import write_atomically
-
-    shared = config_to_dict(config.train)
-    for name in ("out", "estimator", "seed", "threads"):
-        del shared[name]
-    for name in ("tasks", "corpus", "validation_tasks", "policy"):
-        if shared[name]:
-            shared[name] = Path(shared[name]).name
     result = {
-        "name": config.name,
-        "turnwise": turnwise.__version__,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {config.jobs} runs at a time, one thread each",
-        "date": time.strftime("%Y-%m-%d"),
-        "config": shared,
-        "arms": {name: _own_options(arm, config.train) for name, arm in read_arms(config).items()},
+        **result_head(config.name, config.jobs, config.train),
+        "arms": {name: own_options(arm, config.train) for name, arm in read_arms(config).items()},
         "start": start,
         "runs": list(records),
     }
-    config.results.mkdir(parents=True, exist_ok=True)
-    path = config.results / f"{config.name}.json"
+    return write_result(config.results, result, markdown(result))
+
+
+def result_head(name: str, jobs: int, config: TrainConfig) -> dict[str, Any]:
+    """What a result says of where it comes from; of files their names alone."""
+    import torch
+
+    import turnwise
+
+    shared = config_to_dict(config)
+    for option in ("out", "estimator", "seed", "threads"):
+        del shared[option]
+    for option in ("tasks", "corpus", "validation_tasks", "policy"):
+        if shared[option]:
+            shared[option] = Path(shared[option]).name
+    return {
+        "name": name,
+        "turnwise": turnwise.__version__,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} runs at a time, one thread each",
+        "date": time.strftime("%Y-%m-%d"),
+        "config": shared,
+    }
+
+
+def write_result(folder: Path, result: Mapping[str, Any], text: str) -> Path:
+    """Writes a result as JSON and as Markdown, and returns the JSON file."""
+    from turnwise.rundir import write_atomically
+
+    make_folders(folder)
+    path = folder / f"{result['name']}.json"
     write_atomically(path, json.dumps(result, indent=1) + "\n")
-    write_atomically(path.with_suffix(".md"), markdown(result))
+    write_atomically(path.with_suffix(".md"), text)
     return path
 
 
-def _own_options(arm: TrainConfig, shared: TrainConfig) -> dict[str, Any]:
+def own_options(arm: TrainConfig, shared: TrainConfig) -> dict[str, Any]:
     """The options in which an arm differs from what all runs share."""
     common = config_to_dict(shared)
     return {name: value for name, value in config_to_dict(arm).items() if value != common[name] or name == "estimator"}
@@ -411,7 +495,21 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The result as Markdown tables: mean over seeds, and the range from the lowest to the highest seed."""
     runs, columns = result["runs"], _columns(result["config"].get("protocol", "tools"))
     methods = list(dict.fromkeys(r["arm"] for r in runs))
-    lines = [f"# {result['name']}", ""]
+    lines = [f"# {result['name']}", "", *evaluation_tables(result)]
+    shown = _progress if columns is _COLUMNS["search"] else _early_steps
+    lines += shown(methods, runs)
+    lines += _collapses(runs)
+    if result["config"].get("token_budget"):
+        lines += _budgets(methods, result)
+    lines.append(provenance(result))
+    return "\n".join(lines) + "\n"
+
+
+def evaluation_tables(result: Mapping[str, Any]) -> list[str]:
+    """A table for each evaluation: mean over seeds, and the range from the lowest to the highest seed."""
+    runs, columns = result["runs"], _columns(result["config"].get("protocol", "tools"))
+    methods = list(dict.fromkeys(r["arm"] for r in runs))
+    lines: list[str] = []
     for name in result["start"]["evaluations"]:
         population, _, mode = name.rpartition("-")
         lines += [f"## {population} questions, {mode}", ""]
@@ -427,25 +525,24 @@ def markdown(result: Mapping[str, Any]) -> str:
         if raw is not None:
             lines += ["", f"The question itself as query: answer in results {raw:.3f}."]
         lines.append("")
-    shown = _progress if columns is _COLUMNS["search"] else _early_steps
-    lines += shown(methods, runs)
-    lines += _collapses(runs)
-    if result["config"].get("token_budget"):
-        lines += _budgets(methods, result)
+    return lines
+
+
+def provenance(result: Mapping[str, Any]) -> str:
+    """A line that says how long the runs were, and on what they ran."""
     budget = result["config"].get("token_budget")
     length = f"{budget:,} sampled tokens" if budget else f"{result['config']['steps']} steps"
-    lines.append(
+    return (
         f"{length}, {result['config']['tasks_per_step']} questions x "
         f"{result['config']['group_size']} rollouts a step; {result['machine']}; turnwise {result['turnwise']}, torch "
         f"{result['torch']}, {result['date']}."
     )
-    return "\n".join(lines) + "\n"
 
 
 def _cell(evaluations: Sequence[Mapping[str, Any]], key: str) -> str:
     """Mean and range of a metric over evaluations that have it; a dash where none has."""
     found = [evaluation[key]["mean"] for evaluation in evaluations if key in evaluation]
-    return _range(found) if found else "-"
+    return mean_and_range(found) if found else "-"
 
 
 def _early_steps(methods: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -532,6 +629,6 @@ def _budgets(methods: Sequence[str], result: Mapping[str, Any]) -> list[str]:
     return ["Means over seeds; a run ends with the step that reaches its budget.", "", *lines, ""]
 
 
-def _range(values: Sequence[float]) -> str:
+def mean_and_range(values: Sequence[float]) -> str:
     mean = sum(values) / len(values)
     return f"{mean:.3f} ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else f"{mean:.3f}"

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from turnwise.designs import Progress
 from turnwise.env import Environment, Step, closed
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
@@ -47,6 +48,8 @@ NUMBERS = {
 """The other metrics of the display."""
 SHOWN_WARNINGS = 3
 """The panel keeps the last so many warnings in view."""
+COMPARED = ("tool_execution", "exact_match", "dead_groups")
+"""Metrics of the table of a comparison's runs."""
 TRENDS = ("tool_execution", "exact_match", "success")
 """Metrics that are drawn over time."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -73,6 +76,28 @@ def training_display(title: str, total: int, console: Console) -> Iterator[Shows
         panel.changed = lambda: live.update(panel.rendered(), refresh=True)
         panel.said = lambda text: live.console.print(Text(one_line(text)))  # above the panel
         yield panel
+
+
+@contextlib.contextmanager
+def comparison_display(title: str, console: Console) -> Iterator[Callable[[Sequence[Progress]], None]]:
+    """A live table of a comparison's runs; what is given shows them anew."""
+    with Live(comparison_table(title, []), console=console, auto_refresh=False) as live:
+        yield lambda runs: live.update(comparison_table(title, runs), refresh=True)
+
+
+def comparison_table(title: str, runs: Sequence[Progress]) -> RenderableType:
+    """A line for each run: how far it is, and what its last step's rollouts did."""
+    table = Table(title=Text(title), box=SIMPLE_HEAD, title_justify="left")
+    for name in ("arm", "seed", "", "step", "done", *(RATES[name] for name in COMPARED), "s"):
+        table.add_column(name, justify="left" if name in ("arm", "") else "right")
+    for run in runs:
+        rates = [f"{run.metrics[name]:.0%}" if name in run.metrics else "" for name in COMPARED]
+        far = [str(run.step), f"{run.share:.0%}"] if run.state != "waiting" else ["", ""]
+        took = f"{run.wall_s:.0f}" if run.step else ""
+        style = {"finished": "green", "waiting": "dim"}.get(run.state)
+        table.add_row(run.arm, str(run.seed), run.state, *far, *rates, took, style=style)
+    done = sum(run.state == "finished" for run in runs)
+    return Group(table, Text(f"{done} of {len(runs)} runs finished"))
 
 
 class LineDisplay:

@@ -14,7 +14,6 @@ from turnwise.protocols import ProtocolName, opening, protocol_named, read_messa
 from turnwise.tools import Tool, ToolSession, call_tools, error_result
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
-
 LOST = error_result("exception", "the tool did not answer; try again")
 """What the agent sees of a call whose result is lost."""
 

@@ -108,7 +108,7 @@ def _shares(total: int, parts: int) -> Iterator[tuple[int, ...]]:
 def sign_test(wins: int, losses: int) -> float:
     """The probability of a split at least as uneven where both signs are as likely; two-sided, exact.
 
-        p = min(1, 2 Σ_{i ≤ min(wins, losses)} C(n, i) / 2ⁿ)   with n = wins + losses;   1 for n = 0
+    p = min(1, 2 Σ_{i ≤ min(wins, losses)} C(n, i) / 2ⁿ)   with n = wins + losses;   1 for n = 0
     """
     n = wins + losses
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n)

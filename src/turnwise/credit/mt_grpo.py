@@ -44,9 +44,9 @@ def grpo_decoupled(table: TurnTable, *, ddof: int = 1, eps: float = 1e-4) -> Cre
 
         Aᵢ = Σₖ Aᴵᵢₖ + Aᴼᵢ   with Aᴵ and Aᴼ as in `mt_grpo`
 
-    Ours, as one corner of a square. From `grpo_mr`, MT-GRPO differs in two things: each stream is normalised on its own,
-    and no turn is credited with what was paid before it. This has the first alone; `gtpo` with γ = 1 has the second alone.
-    `gdpo` decouples by component rather than by turn, and whitens over the step.
+    Ours, as one corner of a square. From `grpo_mr`, MT-GRPO differs in two things: each stream is normalised on its
+    own, and no turn is credited with what was paid before it. This has the first alone; `gtpo` with γ = 1 has the
+    second alone. `gdpo` decouples by component rather than by turn, and whitens over the step.
     """
     found = mt_grpo(table, ddof=ddof, eps=eps)
     return Credit(advantages=np.repeat(found.advantages[table.first], table.lengths), streams=found.streams)

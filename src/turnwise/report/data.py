@@ -67,6 +67,7 @@ class Run:
 
     path: Path
     estimator: str
+    """Its method; of a finished run of a comparison, the arm's name."""
     seed: int
     config: Mapping[str, Any]
     lines: tuple[MetricLine, ...]
@@ -139,7 +140,7 @@ def load_run(path: str | Path) -> Run:
         raise RunError(f"{path} must be readable; got {error}; check its permissions") from error
     return Run(
         path=path.resolve(),
-        estimator=_field(config, "estimator", str, "config.json"),
+        estimator=_arm(path) or _field(config, "estimator", str, "config.json"),
         seed=_field(config, "seed", int, "config.json"),
         config=config,
         lines=lines,
@@ -167,6 +168,12 @@ def _config(path: Path) -> Mapping[str, Any]:
             "read it with the version of turnwise that wrote it"
         )
     return _field(data, "config", dict, "config.json")
+
+
+def _arm(path: Path) -> str | None:
+    """The arm of a comparison that the run is one of, if it is and is finished."""
+    record = path / "record.json"
+    return _json_file(record).get("arm") if record.is_file() else None
 
 
 def _json_file(path: Path) -> dict[str, Any]:
