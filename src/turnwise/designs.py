@@ -329,8 +329,7 @@ def _differences_table(arms: Mapping[str, Any]) -> list[str]:
         "## differences, seed by seed",
         "",
         *_table(["arm", "baseline", "of", "mean [95 %]", "by seed", "better : worse", "p (least possible)"], rows),
-        "Own value minus the baseline's under the same seed; percentile bootstrap over seeds; two-sided sign test."
-        + note,
+        rule + note,
         "",
     ]
 
