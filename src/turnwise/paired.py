@@ -4,8 +4,9 @@ Numpy alone. Seeds are few and cost much, so nothing here leans on large numbers
 or signs to write them all down, they are. `docs/compare.md` says what each number can and cannot bear.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,14 +83,19 @@ def resampled_means(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     A resample of n values is how often each was drawn, (k₁ … kₙ) with Σ k = n. There are C(2n − 1, n) of them, each of
     probability n! / (k₁! … kₙ! nⁿ).
     """
-    array, n = np.asarray(values, dtype=float), len(values)
+    counts, weights = _resamples(len(values))
+    return counts @ np.asarray(values, dtype=float) / len(values), weights
+
+
+@functools.cache
+def _resamples(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each resample draws each of n values, and the resamples' probabilities."""
     if n > ENUMERATED:
-        draws = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
-        return array[draws].mean(1), np.full(RESAMPLES, 1 / RESAMPLES)
+        drawn = np.random.default_rng(0).multinomial(n, [1 / n] * n, RESAMPLES)
+        return drawn, np.full(RESAMPLES, 1 / RESAMPLES)
     counts = np.array(list(_shares(n, n)))
     factorials = np.array([math.factorial(k) for k in range(n + 1)], dtype=float)
-    weights = factorials[n] / factorials[counts].prod(1) / float(n) ** n
-    return counts @ array / n, weights
+    return counts, factorials[n] / factorials[counts].prod(1) / float(n) ** n
 
 
 def _shares(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -133,7 +139,7 @@ def _at_most(count: int, total: int, p: float) -> float:
     return sum(math.comb(total, i) * p**i * (1 - p) ** (total - i) for i in range(count + 1))
 
 
-def _solved(rising, value: float) -> float:
+def _solved(rising: Callable[[float], float], value: float) -> float:
     """Where a function that rises over [0, 1] has a value."""
     low, high = 0.0, 1.0
     for _ in range(60):
