@@ -72,6 +72,11 @@ def test_an_arm_may_have_a_baseline_of_its_own(tmp_path: Path):
         ("seeds = 2", "seeds = 0", "seeds in .* must be a whole number of 1 or more; got 0"),
         ("eval-size = 3", "eval-size = true", "eval-size in .* must be a whole number"),
         ("{ exact_match = 0.5 }", "0.5", "thresholds in .* must be a table of numbers"),
+        (
+            "exact_match =",
+            "exact_mach =",
+            "a metric with a threshold in .*; got 'exact_mach'; did you mean exact_match",
+        ),
         ('name = "toy"', 'name = "../toy"', "name in .* must be letters"),
         ("[shared]", "x = 1\n[shared]", r"must hold a table \[shared\] and one for each arm"),
         ("steps = 7", "stepz = 7", "stepz"),

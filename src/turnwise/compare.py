@@ -357,7 +357,7 @@ class _Lines:
         )
 
 
-_CURVES = (
+CURVES = (
     "tool_execution",
     "answer_in_results",
     "exact_match",
@@ -395,7 +395,7 @@ def _cost(run: Path) -> dict[str, float]:
 def _curve(run: Path) -> dict[str, list[float | None]]:
     """The kept metrics by step; None where a step had none (no live rollout)."""
     steps = _steps(run)
-    curve = {name: [round(step[name], 4) if step.get(name) is not None else None for step in steps] for name in _CURVES}
+    curve = {name: [round(step[name], 4) if step.get(name) is not None else None for step in steps] for name in CURVES}
     return {name: values for name, values in curve.items() if any(value is not None for value in values)}
 
 

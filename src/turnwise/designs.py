@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from turnwise.compare import (
+    CURVES,
     NAME,
     SHARED,
     Key,
@@ -154,6 +155,9 @@ def _thresholds(table: Any, path: Path) -> dict[str, float]:
         isinstance(value, int | float) and not isinstance(value, bool) for value in table.values()
     ):
         raise ConfigError(f"thresholds in {path} must be a table of numbers by metric; got {table!r}; give one")
+    for name in table:
+        if name not in CURVES:
+            raise unknown_name(f"a metric with a threshold in {path}", name, CURVES)
     return {name: float(value) for name, value in table.items()}
 
 
@@ -436,6 +440,9 @@ def _own_options_list(result: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------ while they go
 
 
+STATES = ("training", "evaluating", "waiting", "finished")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a run is."""
@@ -443,7 +450,7 @@ class Progress:
     arm: str
     seed: int
     state: str
-    """waiting, training, evaluating or finished."""
+    """One of `STATES`."""
     step: int = 0
     share: float = 0.0
     """Of its steps or its token budget, whichever is further."""

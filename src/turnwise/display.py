@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from turnwise.designs import Progress
+from turnwise.designs import STATES, Progress
 from turnwise.env import Environment, Step, closed
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
@@ -90,7 +90,7 @@ def comparison_table(title: str, runs: Sequence[Progress]) -> RenderableType:
     table = Table(title=Text(title), box=SIMPLE_HEAD, title_justify="left")
     for name in ("arm", "seed", "", "step", "done", *(RATES[name] for name in COMPARED), "s"):
         table.add_column(name, justify="left" if name in ("arm", "") else "right")
-    for run in runs:
+    for run in sorted(runs, key=lambda run: STATES.index(run.state)):  # what goes on stands on top
         rates = [f"{run.metrics[name]:.0%}" if name in run.metrics else "" for name in COMPARED]
         far = [str(run.step), f"{run.share:.0%}"] if run.state != "waiting" else ["", ""]
         took = f"{run.wall_s:.0f}" if run.step else ""
