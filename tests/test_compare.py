@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -185,8 +186,13 @@ def test_a_stopped_run_leaves_no_record(tmp_path: Path, monkeypatch) -> None:
         finished = False
 
     monkeypatch.setattr("turnwise.training.train", lambda *_, **__: Stopped())
+    monkeypatch.setattr(compare, "_is_stopping", threading.Event())
     with pytest.raises(KeyboardInterrupt):
         compare.run_one(TrainConfig(out=tmp_path / "run"), 10)
+    assert compare._is_stopping.is_set(), "what is queued must not be begun"
+    monkeypatch.setattr("turnwise.training.train", lambda *_, **__: pytest.fail("begun"))
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_one(TrainConfig(out=tmp_path / "next"), 10)
     assert not (tmp_path / "run" / "record.json").exists()
 
 

@@ -262,3 +262,9 @@ def test_the_configuration_can_be_replaced(tmp_path):
     create_run(tmp_path, TrainConfig(steps=3))
     write_config(tmp_path, TrainConfig(steps=5))
     assert read_config(tmp_path).steps == 5
+
+
+def test_a_configuration_that_was_being_written_is_not_in_the_way(tmp_path: Path):
+    (tmp_path / ".config.json.partial").write_text("{")
+    create_run(tmp_path, TrainConfig(out=tmp_path))
+    assert read_config(tmp_path).out == tmp_path

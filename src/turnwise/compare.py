@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from turnwise.config import ATLAS_HOPS, TrainConfig, config_from_dict, config_to_dict, read_config_file
@@ -27,8 +28,8 @@ LAST_STEP_S = 60.0
 """Seconds that a worker may take over its last step once its parent is gone."""
 LOOK_S = 1.0
 """Seconds between two looks at the runs."""
-_is_orphan = threading.Event()
-"""Set in a worker whose parent is gone."""
+_is_stopping = threading.Event()
+"""Set in a worker that has been told to stop, or whose parent is gone: it begins nothing more."""
 EVALUATED_ROWS = 96
 """Most rollouts alive in a final evaluation: several processes share the memory."""
 
@@ -150,9 +151,9 @@ def run_all(
                     look()
             start = started.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()  # a run stops after its step, with a checkpoint
+            pool.shutdown(cancel_futures=True)
             raise
     for job in jobs.values():
         _write_evaluations(job.out, start["evaluations"], suffix="-start")
@@ -195,8 +196,15 @@ def _one_thread() -> None:
     """Sets a worker process up."""
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    """Ends what a worker does beside training, which ends itself after a step; what it holds already it drops."""
+    _is_stopping.set()
+    raise KeyboardInterrupt
 
 
 def _stop_with_parent() -> None:
@@ -204,7 +212,7 @@ def _stop_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
     parent.join()
-    _is_orphan.set()
+    _is_stopping.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LAST_STEP_S)
     os._exit(1)
@@ -215,7 +223,7 @@ def run_one(config: TrainConfig, eval_size: int, arm: str = "", says: bool = Tru
     from turnwise.rundir import latest_checkpoint, write_atomically
     from turnwise.training import train
 
-    if _is_orphan.is_set():
+    if _is_stopping.is_set():
         raise KeyboardInterrupt  # nobody waits for the runs that are still queued
     finished = config.out / "record.json"
     resume = (config.out / "config.json").is_file()
@@ -230,6 +238,7 @@ def run_one(config: TrainConfig, eval_size: int, arm: str = "", says: bool = Tru
             )
         return record
     if not train(config, resume=resume, display=_Lines(config, arm) if says else None).finished:
+        _is_stopping.set()
         raise KeyboardInterrupt  # stopped by a signal: no record of half a run
     folder, state = latest_checkpoint(config.out)
     record = {

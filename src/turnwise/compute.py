@@ -11,14 +11,14 @@ optimiser are left out. With LoRA the weights that stay as they are have no grad
 Recomputation, a reference, and a critic add their passes.
 """
 
-import torch
+from transformers import PreTrainedModel
 
 from turnwise.config import TrainConfig
 from turnwise.critic import Critic
 from turnwise.policy import Policy
 
 
-def multiplying_weights(model: torch.nn.Module) -> int:
+def multiplying_weights(model: PreTrainedModel) -> int:
     """Weights that multiply: all parameters, those used twice once, but an input embedding of its own."""
     total = sum(p.numel() for p in model.parameters())
     inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight

@@ -85,7 +85,7 @@ def create_run(path: Path, config: TrainConfig) -> None:
         if _took_no_step(path):
             shutil.rmtree(path)
             path.mkdir()
-        used = any(path.iterdir())
+        used = any(entry.name != ".config.json.partial" for entry in path.iterdir())  # that one, a stop has left
     if used:
         raise RunError(
             f"--out must name a new or empty directory; {path} holds files; choose another, or continue the run in it "
