@@ -62,7 +62,7 @@ def shown_policy(folder: Path, steps: int, rng: random.Random) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shown", type=int, default=45)
+    parser.add_argument("--shown", type=int, default=90)
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
     rng, folder = random.Random(0), Path(tempfile.mkdtemp(prefix="calculator-"))
