@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lab_play import ProcessEngine, environments
 from numpy.testing import assert_allclose
 
+from lab_play import ProcessEngine, environments
 from turnwise.auditing import agreement, audit, audited, drawn_advantages
 from turnwise.chat import byte_chat
 from turnwise.cli import main
@@ -130,7 +130,7 @@ def test_an_environment_that_answers_otherwise_each_time_is_counted():
     engine = ScriptedEngine(lambda prompt: "end", CHAT)
     found = returns([rollout], engine, lambda task: Forgetful())
     assert found.strayed == 2, "before the second turn, once for other turns and once for itself"
-    assert not returns([rollout], engine, lambda task: Forgetful(), forks=False).turns[0][0].before == ()
+    assert returns([rollout], engine, lambda task: Forgetful(), forks=False).strayed > 2, "each copy by itself"
 
 
 class Broken(Forgetful):
@@ -238,7 +238,8 @@ def test_intervals_are_over_groups():
     within, _ = agreement({"c": credit}, truth, np.zeros(200), list(range(200)))
     over, _ = agreement({"c": credit}, truth, np.zeros(200), np.repeat(np.arange(40), 5).tolist())
     narrow, wide = within["c"].rank_correlation, over["c"].rank_correlation
-    assert narrow and wide
+    assert narrow
+    assert wide
     assert narrow.value == wide.value
     # turns of a group are alike: intervals over groups are some √5 as wide as those over turns
     assert 1.6 < (wide.high - wide.low) / (narrow.high - narrow.low) < 3.0
@@ -281,9 +282,9 @@ def test_an_audit_goes_on_where_it_stopped_and_takes_saved_rollouts(tmp_path: Pa
         record["advantages"] = [1.0 + k for k in range(len(record["rollout"]["turns"]))]
     saved = tmp_path / "rollouts.jsonl"
     saved.write_text("".join(json.dumps(record) + "\n" for record in records[:3]))
+    task = {**records[0], "rollout": {**records[0]["rollout"], "task_id": "nobody's"}}
+    (tmp_path / "others.jsonl").write_text(json.dumps(task) + "\n")
     with pytest.raises(InputError, match="must be of the run's tasks"):
-        task = {**records[0], "rollout": {**records[0]["rollout"], "task_id": "nobody's"}}
-        (tmp_path / "others.jsonl").write_text(json.dumps(task) + "\n")
         audit(rollouts=tmp_path / "others.jsonl", **SMALL)
     [(_, one)] = audit(rollouts=saved, methods=("recorded",), continuations=2).estimators.items()
     assert one is not None

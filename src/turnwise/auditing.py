@@ -117,10 +117,17 @@ def drawn_advantages(turns: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Nu
 
     Â = mean after − mean before,    s² = Var after / n + Var before / n
     """
-    sides = [[np.array(turn[side], dtype=float) for turn in turns] for side in ("before", "after")]
-    before, after = (np.array([x.mean() if len(x) > 1 else np.nan for x in side]) for side in sides)
-    variance = sum(np.array([x.var(ddof=1) / len(x) if len(x) > 1 else np.nan for x in side]) for side in sides)
-    return after - before, np.sqrt(variance)
+    sides = {side: [np.array(turn[side], dtype=float) for turn in turns] for side in ("before", "after")}
+    mean = {side: np.array([x.mean() if len(x) > 1 else np.nan for x in found]) for side, found in sides.items()}
+    variance = sum(np.array([_variance_of_mean(x) for x in found]) for found in sides.values())
+    return mean["after"] - mean["before"], np.sqrt(variance)
+
+
+def _variance_of_mean(values: Numbers) -> float:
+    """Exactly 0 where all values are equal; NaN with fewer than two."""
+    if len(values) < 2:
+        return np.nan
+    return float(values.var(ddof=1) / len(values)) if np.ptp(values) else 0.0
 
 
 def agreement(
@@ -240,7 +247,7 @@ def audit(
 
 
 def audited(lines: Sequence[Record], methods: Sequence[str], *, only: bool = True) -> Audit:
-    """The audit of drawn groups. Methods that cannot take the rollouts raise InputError, or are noted where not `only`."""
+    """The audit of drawn groups. Methods that cannot take the rollouts raise InputError, or are noted if not `only`."""
     records = [record for line in lines for record in line["rollouts"]]
     traces = [trace_of(record, f"rollout {k}") for k, record in enumerate(records, start=1)]
     credit, notes = _credits(traces, records, methods, only=only)

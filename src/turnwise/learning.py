@@ -50,7 +50,12 @@ def update(
             if minibatch:
                 seen.append(_optimise(policy, optimizer, minibatch, config, reference, critic, learned >= 0, at_once))
     names = dict.fromkeys(name for s in seen for name in s)
-    return {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
+    means = {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
+    if (
+        seen and "policy_shift" in seen[0]
+    ):  # before the first of the step's updates: the policy that sampled, computed anew
+        means["sampler_gap"] = seen[0]["policy_shift"]
+    return means
 
 
 def _rise(step: int, steps: int) -> float:
