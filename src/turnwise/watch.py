@@ -15,8 +15,8 @@ FEW = 3
 """Steps of a mean in which chance is small."""
 SOME = 5
 """Over how many steps a state must last that healthy runs pass through."""
-MANY = 10
-"""The same for a critic, which explains nothing at first in healthy runs too."""
+MANY = 6
+"""The same for a critic, which explains nothing for up to four steps in healthy runs."""
 SOLVED = 0.5
 """From this share of right answers on, certainty and equal rewards are success."""
 JUDGED_BY = ("exact_match", "success")
@@ -216,8 +216,8 @@ def _flipped_signs(history: History) -> str | None:
         return None
     return (
         f"credit contradicts turn rewards: {share:.0%} of the turns of the last {FEW} steps that earned more or less "
-        "than others at their place have an advantage of the opposite sign; take a method of turns (mt-grpo, "
-        "turn-rloo, mt-ppo), or rewards of turns that serve the outcome"
+        "than others at their place have an advantage of the opposite sign; take a method of turns (--estimator "
+        "mt-grpo, turn-rloo or mt-ppo), or rewards of turns that serve the outcome"
     )
 
 
