@@ -6,9 +6,12 @@ rollout. Run it with `python examples/own_tools.py`; the run is left in a tempor
 
 import argparse
 import json
+import os
 import sqlite3
 import tempfile
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not keep a core busy
 
 import turnwise
 from turnwise.types import Rollout, Task
@@ -60,7 +63,7 @@ def main() -> None:
     result = turnwise.train(
         tasks=str(questions),
         validation_tasks=str(questions),
-        tools=Path(__file__),
+        tools=__file__,
         rewards=Path(__file__),
         steps=options.steps,
         tasks_per_step=6,

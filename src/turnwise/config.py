@@ -246,7 +246,9 @@ class TrainConfig:
             )
 
     def _make_paths(self) -> None:
-        """Texts in the place of paths become paths."""
+        """Texts in the place of paths become paths, and paths of tools texts."""
+        if isinstance(self.tools, Path):
+            object.__setattr__(self, "tools", str(self.tools))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (Path, Path | None) and isinstance(value, str):
