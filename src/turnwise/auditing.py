@@ -53,7 +53,6 @@ EXACT = 1e-9
 """A drawn advantage nearer to 0 is none."""
 
 Record = dict[str, Any]
-Flags = np.ndarray
 Numbers = np.ndarray
 
 
@@ -330,7 +329,7 @@ class _Drawing:
         tasks = [task.id for task, _ in self.saved] if self.saved else [task.id for task in self.setting.validation]
         return {
             "audit": 1,
-            "policy": repr(sum(float(p.detach().double().sum()) for p in self.policy.model.parameters())),
+            "policy": f"{sum(float(p.detach().double().sum()) for p in self.policy.model.parameters()):.9g}",
             "tasks": tasks,
             "saved": self.saved is not None,
             "group_size": self.group_size,
