@@ -582,6 +582,8 @@ def test_metrics_count_cost_and_disagreement():
         "judge/seconds": 3.0,
         "judge/disagreement": 0.5,
         "judge/turn_gap": pytest.approx(0.5 / 3),
+        "judge/approved": 1.0,
+        "judge/turn_spread": pytest.approx((2.39 / 6 - (1.1 / 6) ** 2) ** 0.5),
     }
     assert judge_metrics([(TASK, a_rollout())]) == {}
 

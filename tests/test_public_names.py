@@ -20,6 +20,7 @@ PUBLIC = [
     "ToolError",
     "Turn",
     "TurnwiseError",
+    "audit",
     "evaluate",
     "export",
     "load_policy",

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from turnwise.auditing import audit as audit
     from turnwise.engine import ScriptedEngine as ScriptedEngine
     from turnwise.env import ToolEnvironment as ToolEnvironment
     from turnwise.errors import ConfigError as ConfigError
@@ -46,6 +47,7 @@ _HOME = {
     "ToolError": "errors",
     "Turn": "types",
     "TurnwiseError": "errors",
+    "audit": "auditing",
     "evaluate": "evaluation",
     "export": "exporting",
     "load_policy": "policy",

@@ -891,6 +891,66 @@ def credit(
         _write_credit(file, methods[0], write)
 
 
+def audit(
+    run: str,
+    /,
+    *,
+    methods: tuple[str, ...] = (),
+    tasks: str | None = None,
+    split: Literal["train", "validation", "test"] | None = None,
+    groups: int = 16,
+    group_size: int = 8,
+    continuations: int = 16,
+    rollouts: Path | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    seed: int = 0,
+    out: Path | None = None,
+    name: str = "audit",
+) -> None:
+    """Compare methods' credit with each turn's true advantage under a run's policy, by rollouts that are played on.
+
+    Args:
+        run: A run directory, a checkpoint folder, or "embedded".
+        methods: Names of estimators, or "recorded" for the credit that saved rollouts have; by default the run's own
+            and the best known.
+        tasks: "atlas", "atlas-two-hop" or a file of questions; by default the run's own.
+        split: Which of them; by default those of training.
+        groups: Groups of rollouts to look at, one per question.
+        group_size: Rollouts in a group.
+        continuations: Rollouts that are played on from either end of each turn.
+        rollouts: Take the last groups of this file, a run's rollouts.jsonl, instead of drawing new ones.
+        checkpoint: The run's best by validation, or its last.
+        seed: Decides all draws.
+        out: Folder for what was drawn and found; by default the run directory, where it is one.
+        name: What to call the files there; a stopped audit of that name goes on.
+    """
+    from turnwise.auditing import audit as audited
+    from turnwise.display import audit_table
+
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise ConfigError(f"name must be letters, digits, '-', '_' or '.'; got {name!r}; rename it")
+    if out and not out.is_dir():
+        raise RunError(f"out must be a folder; {out} is none; make it, or choose another")
+    found = audited(
+        run,
+        tasks,
+        methods=methods,
+        groups=groups,
+        group_size=group_size,
+        continuations=continuations,
+        rollouts=rollouts,
+        checkpoint=checkpoint,
+        split=split,
+        seed=seed,
+        out=out,
+        name=name,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    _console().print(audit_table(run, found))
+    for line in found.lines():
+        print(line)
+
+
 def _found_credit(traces: Sequence[Any], methods: Sequence[str]) -> dict[str, Any]:
     """The credit of the methods, or of all that can take the rollouts, where none is named."""
     from turnwise.traces import all_credit, traces_credit, traces_table
@@ -1017,6 +1077,7 @@ COMMANDS = {
     "export": Command("write a run's policy as a plain checkpoint", export),
     "report": Command("table, curves and the credit of every turn, from runs", report),
     "credit": Command("credit of recorded rollouts by several methods, side by side", credit),
+    "audit": Command("compare methods' credit with true advantages under a run's policy", audit),
     "lab": Command("compare estimators with exact gradients on small processes", lab),
     "search": Command("search a corpus as the agent's tool does", search),
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),

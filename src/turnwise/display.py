@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -22,6 +22,9 @@ from turnwise.designs import STATES, Progress
 from turnwise.env import Environment, Step, closed
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
+
+if TYPE_CHECKING:
+    from turnwise.auditing import Audit, Measure
 
 Record = Mapping[str, Any]
 """A line of metrics.jsonl: step, split, wall_s, metrics, and warnings where there are any."""
@@ -319,6 +322,23 @@ def _estimate(name: str, estimate: Mapping[str, float]) -> str:
         return f"{estimate['mean']:.2f}"
     low, high = estimate["low"], estimate["high"]
     return f"{100 * estimate['mean']:.1f}\n{100 * low:.0f}–{100 * high:.0f}"
+
+
+def audit_table(run: str, audit: "Audit") -> Table:
+    """How each estimator's credit agrees with true advantages."""
+    title = f"credit against true advantages under {run}: 95 % interval over groups in brackets"
+    table = Table(title=Text(one_line(title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "rank correlation", "of the ceiling", "same sign"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, found in audit.estimators.items():
+        rank, top = found.rank_correlation, audit.ceiling
+        share = f"{rank.value / top.value:.2f}" if rank and top and top.value > 0 else "-"
+        table.add_row(*map(Text, (name, _measure(rank), share, _measure(found.sign_agreement))))
+    return table
+
+
+def _measure(measure: "Measure | None") -> str:
+    return f"{measure.value:.2f} ({measure.low:.2f} to {measure.high:.2f})" if measure else "-"
 
 
 # --- an agent at work -----------------------------------------------------------------------------

@@ -472,6 +472,22 @@ def rollouts(
     ]
 
 
+def to_play(
+    run: str | Path,
+    tasks: str | Path | Sequence[Task] | None = None,
+    *,
+    split: atlas.Split | None = None,
+    limit: int | None = None,
+    checkpoint: Checkpoint = "best",
+) -> tuple[Policy, Setting]:
+    """A run's policy, and the questions that `evaluate` would play with it; without the run's judge."""
+    _check_names(checkpoint=checkpoint, split=split)
+    policy, config = run_policy(run, checkpoint)
+    config = without_judge(config)
+    chosen, _ = _chosen_tasks(config, tasks, split)
+    return policy, _setting(config, spread(chosen, limit or len(chosen)))
+
+
 def elsewhere(config: TrainConfig, environment: str | None, max_turns: int | None) -> TrainConfig:
     """The configuration in another environment, which pays what it pays by default, and with other `max_turns`."""
     if max_turns is not None:

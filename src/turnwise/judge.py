@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import threading
 import time
 import warnings
@@ -145,6 +146,8 @@ def judge_metrics(pairs: Iterable[tuple[Task, Rollout]]) -> dict[str, float]:
     judge/prompt_tokens, completion_tokens, seconds      sums over all requests
     judge/disagreement                share in which (outcome score >= 1/2) differs from exact match, SQuAD's
     judge/turn_gap                    mean |turn score - the turn's other rewards as paid|, where a turn has both
+    judge/approved                    share whose outcome score is >= 1/2
+    judge/turn_spread                 standard deviation of the turn scores
     """
     found = [(task, r, r.judgement) for task, r in pairs if r.judgement is not None]
     if not found:
@@ -162,6 +165,12 @@ def judge_metrics(pairs: Iterable[tuple[Task, Rollout]]) -> dict[str, float]:
     }
     differs = [(j.outcome_score >= 0.5) != exact_match(task, r) for task, r, j in found if j.outcome_score is not None]
     gaps = [gap for _, rollout, judgement in found for gap in _turn_gaps(rollout, judgement)]
+    outcomes = [judgement.outcome_score for judgement in given if judgement.outcome_score is not None]
+    turns = [score for judgement in given for score in judgement.turn_scores or ()]
+    if outcomes:
+        metrics["judge/approved"] = sum(score >= 0.5 for score in outcomes) / len(outcomes)
+    if len(turns) > 1:
+        metrics["judge/turn_spread"] = statistics.pstdev(turns)
     if differs:
         metrics["judge/disagreement"] = sum(differs) / len(differs)
     if gaps:

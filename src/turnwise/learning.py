@@ -53,6 +53,9 @@ def update(
     positions = sum(s.pop("positions") for s in seen)
     names = dict.fromkeys(name for s in seen for name in s)
     means = {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
+    if seen and "policy_shift" in seen[0]:
+        # before the first of the step's updates: the policy that sampled, computed anew
+        means["sampler_gap"] = seen[0]["policy_shift"]
     return {**means, "positions": positions}
 
 

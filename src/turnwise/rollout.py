@@ -115,13 +115,15 @@ class _Player:
 
     async def _turn(self, line: _Line) -> None:
         """Draws the line's next turn and lets its environment answer."""
-        ids, limits = line.ids(), self.limits
         sampling = Sampling(
             temperature=self.temperature,
-            max_tokens=limits.max_turn_tokens,
+            max_tokens=self.limits.max_turn_tokens,
             seed=rollout_seed(line.seed, len(line.turns)),
         )
-        completion = await self.engine.generate(ids, sampling, session=line.session)
+        await self.take(line, await self.engine.generate(line.ids(), sampling, session=line.session))
+
+    async def take(self, line: _Line, completion: Completion) -> None:
+        """Takes a turn and lets the line's environment answer it."""
         text = self.chat.decode(completion.token_ids)
         step, reply, rewards = Step(action=Action()), [], {}
         line.states.append(line.state)
@@ -135,8 +137,8 @@ class _Player:
             except Exception as failure:
                 line.stop, line.error = "error", described(failure)
         if line.stop is None:
-            used = len(ids) + len(completion.token_ids)
-            room = limits.context - used - _reserved(self.chat, limits, len(line.turns) + 1)
+            used = len(line.ids()) + len(completion.token_ids)
+            room = reply_room(self.chat, self.limits, used, len(line.turns) + 1)
             reply = self.chat.reply_ids(step.reply, max_ids=room)
             if len(reply) > room:
                 line.stop, reply = "max_tokens", []
@@ -177,6 +179,41 @@ async def run_rollout(
     """
     player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
     line = await player.line(environment, seed)
+    await player.play(line)
+    return player.rollout(line)
+
+
+async def run_on(
+    task: Task,
+    environment: Environment,
+    engine: Engine,
+    chat: Chat,
+    *,
+    prompt_ids: Sequence[int],
+    turns: Sequence[Turn],
+    again: Turn | None = None,
+    limits: Limits,
+    temperature: float = 1.0,
+    seed: int = 0,
+    group: int = 0,
+) -> Rollout:
+    """A rollout that has taken some turns already, played on to its end.
+
+    `environment` stands in the state after them. The turn `again` is taken there as it was, and answered anew, before
+    the policy goes on. Failures are as in `run_rollout`.
+    """
+    player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
+    line = _Line(
+        environment=environment,
+        prompt=tuple(prompt_ids),
+        seed=seed,
+        turns=list(turns),
+        states=[None] * len(turns),
+    )
+    if again:
+        whole = again.action_ids[-1:] and again.action_ids[-1] in chat.stop_ids
+        finish = "stop" if whole else "length"
+        await player.take(line, Completion(token_ids=again.action_ids, logprobs=again.sampling_logprobs, finish=finish))
     await player.play(line)
     return player.rollout(line)
 
@@ -289,10 +326,13 @@ def turns_once(rollouts: Iterable[Rollout]) -> Iterator[Turn]:
             seen.add(node)
 
 
-def _reserved(chat: Chat, limits: Limits, turns: int) -> int:
-    """Tokens for the turns that are granted after `turns` of them, one at least, with empty replies between."""
+def reply_room(chat: Chat, limits: Limits, used: int, turns: int) -> int:
+    """Most tokens of the reply to a rollout's last turn of `turns`, after which `used` tokens stand.
+
+    What is left out of the context is for the turns still granted, one at least, with empty replies between.
+    """
     to_come = max(1, limits.max_turns - turns)
-    return to_come * limits.max_turn_tokens + (to_come - 1) * chat.empty_reply_length
+    return limits.context - used - to_come * limits.max_turn_tokens - (to_come - 1) * chat.empty_reply_length
 
 
 def described(failure: Exception) -> str:

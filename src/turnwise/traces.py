@@ -72,11 +72,12 @@ def read_traces(path: Path) -> list[Trace]:
     traces = []
     for number, record in _whole_records(path):
         place = f"{path.name}:{number}"
-        traces.append(_read(record, place))
+        traces.append(trace_of(record, place))
     return traces
 
 
-def _read(record: Record, place: str) -> Trace:
+def trace_of(record: Record, place: str) -> Trace:
+    """The rollout of a line; `place` names it in errors. Raises InputError where it is none."""
     if "rollout" in record:
         return _of_run(record, place)
     return _of_verifiers(record, place) if is_verifiers(record) else _trace(record, place)

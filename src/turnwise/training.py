@@ -22,9 +22,7 @@ from turnwise.config import CRITIC_METHODS, TrainConfig
 from turnwise.controls import learned_from
 from turnwise.cores import parts_at_once
 from turnwise.correction import corrected
-from turnwise.credit import (
-    TOKEN_ESTIMATORS,
-)
+from turnwise.credit import TOKEN_ESTIMATORS, sign_flips
 from turnwise.crediting import Credited, credit_rollouts, has_signal
 from turnwise.critic import Critic, make_critic
 from turnwise.devices import check_device
@@ -356,6 +354,8 @@ class _Run:
             **mismatch,
             **{name: value for name, value in learning.items() if name != "positions"},
             **(drawn.metrics() if config.dynamic_sampling else {}),
+            "turn_tokens": _turn_tokens(finished),
+            "cut_unpaid": float(np.mean([_is_cut_unpaid(r) for r in finished])),
             "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in finished])),
             "failed_rollouts": sum(r.stop == "error" for r in rollouts) / len(rollouts),
             "tokens": float(np.mean([r.num_tokens for r in finished])),
@@ -438,7 +438,12 @@ class _Run:
         if split == "train":
             self.history.append(metrics)
             warmup = self.config.critic_warmup_steps
-            said = new_warnings(self.history, max_turns=self.config.max_turns, critic_warmup_steps=warmup)
+            said = new_warnings(
+                self.history,
+                max_turns=self.config.max_turns,
+                critic_warmup_steps=warmup,
+                weights=self.config.weights,
+            )
             record |= {"warnings": said} if said else {}
         append_lines(self.config.out / "rollouts.jsonl", rollout_lines)
         append_lines(self.config.out / "metrics.jsonl", [record])
@@ -514,13 +519,24 @@ def _reward_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return {**means, "return": sum(means.values())}
 
 
+def _turn_tokens(rollouts: Sequence[Rollout]) -> float:
+    """The mean number of sampled tokens in a turn."""
+    return float(np.mean([len(turn.action_ids) for r in rollouts for turn in r.turns]))
+
+
+def _is_cut_unpaid(rollout: Rollout) -> bool:
+    """Whether a budget cut the rollout off and its outcome paid nothing."""
+    return not rollout.terminated and sum(rollout.outcome_rewards.values()) <= 0
+
+
 def _credit_metrics(credited: Credited) -> dict[str, float]:
     table, size = credited.table, np.abs(credited.credit.advantages)
     live = np.bincount(table.group, weights=size)[np.unique(table.group)] > 1e-9
     found = {"dead_groups": float(1 - live.mean())}
     for k in range(min(8, int(table.index.max()) + 1)):
         found[f"abs_advantage/turn_{k + 1}"] = float(size[table.index == k].mean())
-    return {**found, **credited.metrics}
+    flips = sign_flips(table, credited.credit.advantages)
+    return {**found, **({} if flips is None else {"sign_flips": flips}), **credited.metrics}
 
 
 def _rollout_lines(

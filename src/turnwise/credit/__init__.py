@@ -1,6 +1,6 @@
 """Turn-level credit: advantages from turn rewards and outcomes. Numpy alone."""
 
-from turnwise.credit.diagnostics import diagnostics
+from turnwise.credit.diagnostics import diagnostics, sign_flips
 from turnwise.credit.estimators import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS, WHOLE_STEP
 from turnwise.credit.gae import (
     TokenCredit,
@@ -131,6 +131,7 @@ __all__ = [
     "share_weights",
     "shuffle_across_rollouts",
     "shuffle_in_rollouts",
+    "sign_flips",
     "slate",
     "step_ppo",
     "tips",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from turnwise.credit.parts import require, varied
+from turnwise.credit.parts import group_mean, require, turn_index_keys, varied
 from turnwise.credit.table import Turns, TurnTable
 from turnwise.credit.trajectory import rollout_sums
 
@@ -46,3 +46,16 @@ def diagnostics(table: TurnTable, advantages: Turns) -> Mapping[str, float]:
         short = np.argsort(table.tokens, kind="stable")[: len(size) // 2]
         found["weight/short_turns"] = float(weight[short].sum() / weight.sum())
     return found
+
+
+def sign_flips(table: TurnTable, advantages: Turns) -> float | None:
+    """The share of turns that credit judges against their own reward; None where there is nothing to compare.
+
+    Looked at are turns whose turn reward differs from the mean of the turns at the same place of their group's
+    rollouts, and which have an advantage: is one positive and the other negative?
+    """
+    advantages = require("advantages", advantages, len(table.rollout))
+    reward = table.turn_reward()
+    better = reward - group_mean(reward, turn_index_keys(table))
+    there = (np.abs(better) > NOTHING) & (np.abs(advantages) > NOTHING)
+    return float((better * advantages < 0)[there].mean()) if there.any() else None
