@@ -292,8 +292,6 @@ class TrainConfig:
             raise unknown_name("engine", self.engine, ENGINES)
         if self.engine != "vllm" and self.vllm_memory_share != TrainConfig.vllm_memory_share:
             raise ConfigError(f"vllm-memory-share must go with engine vllm; got engine {self.engine}; leave it out")
-        if self.engine == "vllm" and self.lora_rank:
-            raise ConfigError("engine vllm must have whole weights; got lora-rank; leave one of them out")
 
     def _check_lora(self) -> None:
         """Raises ConfigError for options of LoRA where there is none, and for a critic that would copy the model."""

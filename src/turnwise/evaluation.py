@@ -503,7 +503,8 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     if str(run) in EMBEDDED:
         return load_policy(run), _embedded_config(str(run))
     if is_hub_name(run):
-        return load_policy(run), TrainConfig(policy=str(run))
+        config = TrainConfig(policy=str(run))
+        return place(load_policy(run), config), config
     if not folder.is_dir():
         raise InputError(
             f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "

@@ -122,6 +122,22 @@ def without_adapter(model: PreTrainedModel) -> Iterator[None]:
         model.enable_adapters()
 
 
+def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a plain model by its names, an adapter's products added to those beside them, one at a time.
+
+    The model stays as it is.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    for name, weight in model.named_parameters():
+        above, is_beside, own = name.rpartition(".base_layer.")
+        if is_beside and above in layers:
+            layer: Any = layers[above]
+            products = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters if own == "weight"]
+            yield f"{above}.{own}", sum((p.to(weight.dtype) for p in products), weight.detach()).detach()
+        elif name.partition(".lora_")[0] not in layers:
+            yield name, weight.detach()
+
+
 def merge_adapter(model: PreTrainedModel) -> None:
     """Adds the adapter's products to the weights beside them; what is left is a plain model."""
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -56,6 +56,11 @@ def load_served(
 ) -> Served:
     """The policy of a run with its tools, as `turnwise ask` plays it."""
     policy, config = run_policy(run, checkpoint)
+    if config.environment:
+        raise ConfigError(
+            f"a served agent must have tools that answer it; {run} plays in {config.environment}, which no client "
+            "speaks for; watch it with turnwise ask, or serve the policy alone: turnwise export, then turnwise serve"
+        )
     config = dataclasses.replace(config, engine=engine, protocol=played_protocol(config))
     name = Path(run).resolve().name if name is None else name
     if not name or name.endswith(RAW):
