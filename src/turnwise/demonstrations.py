@@ -21,8 +21,8 @@ import torch
 from turnwise.batch import Row
 from turnwise.chat import Chat
 from turnwise.config import TrainConfig
-from turnwise.devices import Device, Dtype, check_device
 from turnwise.conversations import read_messages, read_tools, written
+from turnwise.devices import Device, Dtype, check_device
 from turnwise.errors import ConfigError, InputError, TurnwiseError
 from turnwise.evaluation import place
 from turnwise.policy import Policy, save_policy
