@@ -525,6 +525,19 @@ def without_judge(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, reward_weights=weights, **nobody)
 
 
+def on_engine(config: TrainConfig, engine: Literal["hf", "vllm"]) -> TrainConfig:
+    """The configuration with another engine, and no share of memory for one that takes none."""
+    share = config.vllm_memory_share if engine == "vllm" else TrainConfig.vllm_memory_share
+    return dataclasses.replace(config, engine=engine, vllm_memory_share=share)
+
+
+def without_branches(config: TrainConfig) -> TrainConfig:
+    """The configuration for rollouts that are played alone, with no method that needs others."""
+    if not config.branches:
+        return config
+    return dataclasses.replace(config, branches=(), estimator=TrainConfig.estimator, dynamic_sampling=0)
+
+
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration in JSON's types."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

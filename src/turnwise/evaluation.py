@@ -21,7 +21,9 @@ from turnwise.config import (
     TOOL_OPTIONS,
     TrainConfig,
     config_from_dict,
+    on_engine,
     read_config_file,
+    without_branches,
     without_judge,
 )
 from turnwise.cores import in_parallel, parts_at_once
@@ -386,8 +388,10 @@ def evaluate(
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
     _check_samples(samples, pass_at, mode)
     policy, config = (None, _spoken(run_config(run))) if endpoint else run_policy(run, checkpoint)
-    replaced = {"engine": engine, "max_turn_tokens": max_turn_tokens}
-    config = dataclasses.replace(config, **{name: value for name, value in replaced.items() if value is not None})
+    if engine is not None:
+        config = on_engine(config, engine)
+    if max_turn_tokens is not None:
+        config = dataclasses.replace(config, max_turn_tokens=max_turn_tokens)
     if not judge:
         config = without_judge(config)
     config = elsewhere(config, environment, max_turns)
@@ -475,12 +479,12 @@ def rollouts(
 def elsewhere(config: TrainConfig, environment: str | None, max_turns: int | None) -> TrainConfig:
     """The configuration in another environment, which pays what it pays by default, and with other `max_turns`."""
     if max_turns is not None:
-        config = dataclasses.replace(config, max_turns=max_turns, branches=())
+        config = dataclasses.replace(without_branches(config), max_turns=max_turns)
     if environment is None:
         return config
     given = {name: getattr(TrainConfig, name) for name in (*TOOL_OPTIONS, "tasks", "validation_tasks", "rewards")}
     return dataclasses.replace(
-        without_judge(config), **given, reward_weights=None, branches=(), environment=environment
+        without_branches(without_judge(config)), **given, reward_weights=None, environment=environment
     )
 
 

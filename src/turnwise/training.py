@@ -43,6 +43,7 @@ from turnwise.learning import update
 from turnwise.lora import add_lora, is_adapted
 from turnwise.memory import MemoryEstimate, check_memory, memory_estimate, rollout_lengths
 from turnwise.policy import Policy, load_policy, named_folder
+from turnwise.protocols import NATIVE
 from turnwise.rollout import sampled_tokens
 from turnwise.rundir import (
     append_lines,
@@ -57,7 +58,7 @@ from turnwise.rundir import (
     save_checkpoint,
     write_config,
 )
-from turnwise.setting import Setting, make_setting
+from turnwise.setting import Setting, make_setting, played_protocol
 from turnwise.trackers import check_tracker, tracking
 from turnwise.types import Rollout, Task
 from turnwise.watch import new_warnings
@@ -168,6 +169,8 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     defaults = TrainConfig()
     fields = [field.name for field in dataclasses.fields(config)]
     asked = {n: getattr(config, n) for n in fields if n in given or getattr(config, n) != getattr(defaults, n)}
+    if asked.get("protocol") == NATIVE:  # the run's own has the format's name
+        asked["protocol"] = played_protocol(dataclasses.replace(saved, protocol=NATIVE))
     for name, value in asked.items():
         if name not in RESUMABLE and value != getattr(saved, name):
             raise ConfigError(
