@@ -67,8 +67,8 @@ def _in_order_of_calls(data: Sequence[Any], messages: Sequence[Message], where: 
         named = [place for place, _ in found if place < len(places)]
         if named != list(range(len(named))):
             raise InputError(
-                f"{where} up to [{max(i for _, i in found)}] must have one result for each call, in any order; got those "
-                f"of calls {', '.join(str(place + 1) for place in named)}; correct tool_call_id, or add a result"
+                f"{where} up to [{max(i for _, i in found)}] must have one result for each call, in any order; got "
+                f"those of calls {', '.join(str(place + 1) for place in named)}; correct tool_call_id, or add a result"
             )
         out += [messages[i] for _, i in found]
     return out

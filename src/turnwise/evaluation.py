@@ -416,7 +416,7 @@ def evaluate(
         pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, **how)
     evaluation = summarised(name or called, mode, pairs, config.tag_protocol, pass_at=pass_at, endpoint=costs)
     if not evaluation.metrics:
-        mended = "environment" if config.environment else "tools"
+        mended = "endpoint or the tools" if endpoint else "environment" if config.environment else "tools"
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the {mended}")
     return evaluation
 
