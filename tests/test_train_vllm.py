@@ -13,7 +13,7 @@ from turnwise.config import TrainConfig
 from turnwise.engine import Sampling
 from turnwise.engines.vllm import VLLMEngine
 from turnwise.errors import ConfigError
-from turnwise.evaluation import make_engines
+from turnwise.evaluation import make_engines, place
 from turnwise.lora import add_lora, without_adapter
 from turnwise.policy import load_policy
 from turnwise.rundir import read_lines
@@ -65,6 +65,14 @@ def test_the_configuration_chooses_the_engine(checkpoint: Path, monkeypatch: pyt
     assert engine._llm.llm_engine.max_num_seqs == 7
     assert engine.max_context == policy.context
     assert not any(isinstance(engine, VLLMEngine) for engine in make_engines(policy, TrainConfig()))
+
+
+@pytest.mark.parametrize(("dtype", "drawn"), [("float32", "auto"), ("bfloat16", "bfloat16"), ("mixed", "bfloat16")])
+def test_vllm_computes_in_the_dtype_of_training(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype, drawn: str):
+    fake_vllm.install(monkeypatch)
+    config = TrainConfig(engine="vllm", dtype=dtype)
+    (engine,) = make_engines(place(load_policy(checkpoint), config), config)
+    assert engine._llm.dtype == drawn  # pyright: ignore
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     for target in targets:
         found = [name for name in linear if name == target or name.endswith(f".{target}")]
         if not found:
-            ends = sorted({name.rpartition(".")[2] for name in linear})
+            ends = sorted({n.rpartition(".")[2] for n in linear if n != head or not model.config.tie_word_embeddings})
             raise ConfigError(
                 f"lora-targets must be linear layers of the policy; it has none called {target!r}; take some of "
                 f"{', '.join(ends)}"

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from turnwise.devices import compute_dtype
 from turnwise.engine import (
     Completion,
     Sampling,
@@ -78,6 +79,7 @@ class VLLMEngine:
 
     def _made(self, max_rows: int, memory_share: float) -> Any:
         """vLLM's model with weights of no meaning, from the configuration alone."""
+        small = compute_dtype(self._model) is torch.bfloat16  # its configuration has the dtype that it was read in
         with tempfile.TemporaryDirectory() as folder:
             self._model.config.save_pretrained(folder)
             try:
@@ -85,6 +87,7 @@ class VLLMEngine:
                     model=folder,
                     skip_tokenizer_init=True,
                     load_format="dummy",
+                    dtype="bfloat16" if small else "auto",
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
                     enable_prefix_caching=True,
