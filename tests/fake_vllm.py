@@ -175,6 +175,7 @@ class LLM:
         assert enable_prefix_caching
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError("gpu_memory_utilization must be in (0, 1]")
+        self.dtype = dtype
         config = AutoConfig.from_pretrained(model)
         config._attn_implementation = "sdpa"
         torch.manual_seed(99)

@@ -39,6 +39,20 @@ def test_messages_are_read_with_arguments_as_objects_and_results_under_their_too
     assert result == Message(role="tool", content="Nairobi is.", name="search")
 
 
+def answers(*names: str | None) -> list[dict]:
+    """Two calls, x1 and x2, and the results of the named ones."""
+    calls = {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "x2"}]}
+    return [*MESSAGES[:2], calls, *({"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in names)]
+
+
+def test_results_stand_in_the_order_of_their_calls():
+    again = [*answers("x2", "x1"), *answers("x1")[1:]]
+    contents = [message.content for message in read_messages(again) if message.role == "tool"]
+    assert contents == ["of x1", "of x2", "of x1"]
+    unnamed = [message.content for message in read_messages(answers("y", "x1", None))]
+    assert unnamed[3:] == ["of x1", "of y", "of None"]
+
+
 def test_under_tags_everything_is_text():
     messages = written(PROTOCOLS["tools"], read_messages(MESSAGES), read_tools(TOOLS))
     assert [m.role for m in messages] == ["system", "user", "assistant", "user"]
@@ -100,6 +114,11 @@ def test_arguments_of_qwen3_coder_go_back_in_their_types():
         ([MESSAGES[0], {"role": "user"}], r"messages\[1\].content must be text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].content must be text"),
         ([{"role": "user", "content": "", "tool_calls": [CALL]}], "tool_calls must be a list, of an assistant"),
+        (
+            answers("x2"),
+            r"up to \[3\] must have one result for each call.*; got those of calls 2; ",
+        ),
+        (answers("x1", "x1"), r"up to \[4\] must have .* got those of calls 1, 1;"),
         ([{"role": "assistant", "tool_calls": [{}]}], r"tool_calls\[0\] must have a function with a name"),
         (
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '"{}"'}}]}],

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.testing import assert_close
 
 from chats import CODER, template_chat
 from turnwise.chat import Chat
@@ -123,6 +125,21 @@ def test_the_command_counts_tokens_and_leaves_a_checkpoint(tmp_path, checkpoint:
     assert "step 2/2" in said
     assert load_policy(tmp_path / "out").chat.encode_text("a") == load_policy(checkpoint).chat.encode_text("a")
     assert main([*args, "--out", str(tmp_path / "out")]) == 2  # the folder holds files now
+
+
+def test_it_is_learned_on_the_device_and_in_the_dtype_that_are_asked_for(tmp_path, checkpoint: Path):
+    path, made = written_to(tmp_path, {"question": "Q", "turns": ["a"]}), {}
+    for dtype in ("float32", "bfloat16"):
+        options = {"dtype": dtype, "gradient_checkpointing": dtype == "bfloat16", "out": tmp_path / dtype}
+        options["out"].mkdir()
+        config = DemonstrationConfig(demonstrations=path, policy=str(checkpoint), epochs=1, **options)
+        made[dtype] = learn_demonstrations(config).model
+    assert {p.dtype for p in made["bfloat16"].parameters()} == {torch.bfloat16}
+    whole, half = (torch.cat([p.flatten().float() for p in m.parameters()]) for m in made.values())
+    assert_close(half, whole, atol=0.02, rtol=0.02)
+    config = DemonstrationConfig(demonstrations=path, policy=str(checkpoint), device="mps", out=tmp_path)
+    with pytest.raises(ConfigError, match="device must be one that torch offers"):
+        learn_demonstrations(config)
 
 
 def test_a_token_budget_ends_it_and_equal_seeds_learn_alike(tmp_path, checkpoint: Path):

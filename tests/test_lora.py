@@ -15,12 +15,13 @@ from families import FAMILIES
 from turnwise.batch import pack, rollout_row
 from turnwise.cli import main
 from turnwise.config import TrainConfig
+from turnwise.demonstrations import DemonstrationConfig, learn_demonstrations
 from turnwise.engine import Sampling
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.evaluation import evaluate, make_engine, rollouts, run_policy
 from turnwise.exporting import export
 from turnwise.learning import _reference_logprobs
-from turnwise.lora import add_lora, is_adapted, merge_adapter, without_adapter
+from turnwise.lora import add_lora, is_adapted, merge_adapter, plain_weights, without_adapter
 from turnwise.policy import Policy, load_policy, save_policy, token_logprobs
 from turnwise.rundir import checkpoint_folder
 from turnwise.training import start_policy, train
@@ -356,3 +357,26 @@ def test_families_with_an_adapter_come_back_from_disk(bpe_chat, tmp_path: Path):
         assert_close(logits(load_policy(tmp_path / f"saved {number}").model), logits(policy.model))
     assert {"gemma 3", "granite"} <= set(FAMILIES)
     assert np.isfinite(logits(policy.model).numpy()).all()
+
+
+def test_plain_weights_are_those_of_the_merged_model():
+    model = families.tiny("qwen2")
+    add_lora(model, rank=4, alpha=8, targets=(), seed=0, base="base")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    found = dict(plain_weights(model))
+    assert is_adapted(model)
+    merge_adapter(model)
+    expected = dict(model.named_parameters())
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_demonstrations_are_not_learned_by_an_adapter(run: Path, tmp_path: Path):
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps({"question": "Q", "turns": ["a"]}))
+    config = DemonstrationConfig(demonstrations=path, policy=str(run / "best"), out=tmp_path)
+    with pytest.raises(ConfigError, match="policy must be a plain checkpoint to start from"):
+        learn_demonstrations(config)

@@ -15,6 +15,7 @@ from turnwise import memory
 from turnwise.batch import chunks, pack, weighted
 from turnwise.cli import main
 from turnwise.config import TrainConfig
+from turnwise.devices import is_offered
 from turnwise.errors import ConfigError
 from turnwise.memory import Lengths, Live, check_memory, longest_rows, memory_estimate
 from turnwise.policy import token_logprobs
@@ -55,6 +56,14 @@ def test_what_can_be_counted_is(model: Qwen2ForCausalLM):
 def test_a_context_bounds_the_cache(model: Qwen2ForCausalLM):
     short = replace(LENGTHS, context=30)
     assert memory_estimate(model, CONFIG, short).held["rollout cache"] == 8 * 30 * 2 * 2 * 2 * 8 * 4
+
+
+def test_vllm_takes_its_share_of_the_device_and_no_cache_of_ours(model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "device_memory", lambda device: 1000)
+    found = memory_estimate(model, replace(CONFIG, engine="vllm", vllm_memory_share=0.3), LENGTHS)
+    assert found.held["vLLM"] == 300
+    assert "rollout cache" not in found.held
+    assert sum(found.rollouts.values()) == 0
 
 
 def test_passes_on_shapes_take_what_real_passes_take(model: Qwen2ForCausalLM):
@@ -128,6 +137,10 @@ def test_a_dry_run_says_it_and_leaves_nothing(checkpoint, tmp_path, capsys: pyte
     assert main(["train", "--policy", str(checkpoint), "--max-turn-tokens=16", "--out", str(out), "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("memory: about ")
     assert not out.exists()
+    missing = next(kind for kind in ("mps", "cuda") if not is_offered(kind))
+    for option, says in (([f"--device={missing}"], "device must be one"), (["--max-turn-tokens=5000"], "must fit the")):
+        assert main(["train", "--policy", str(checkpoint), *option, "--out", str(out), "--dry-run"]) == 2
+        assert says in capsys.readouterr().err
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

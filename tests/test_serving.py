@@ -19,11 +19,13 @@ import uvicorn
 from openai import OpenAI
 
 from chats import needs_data, published
+from turnwise.config import TrainConfig
 from turnwise.endpoint import EndpointConfig
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
 from turnwise.errors import ConfigError, RunError
 from turnwise.evaluation import evaluate
+from turnwise.policy import load_policy
 from turnwise.rollout import run_rollout
 from turnwise.serving.app import listening, load_served, make_app, server, token_in
 from turnwise.serving.talk import Served
@@ -392,6 +394,13 @@ def test_other_machines_need_a_token_and_a_token_must_be_one(monkeypatch: pytest
         with pytest.raises(ConfigError, match="token-env must name a variable") as caught:
             token_in(name)
         assert "abc" not in str(caught.value)
+
+
+def test_a_run_in_an_environment_from_elsewhere_is_not_served(monkeypatch: pytest.MonkeyPatch):
+    played = (load_policy("embedded"), TrainConfig(environment="gym:Some-v0"))
+    monkeypatch.setattr("turnwise.serving.app.run_policy", lambda run, checkpoint: played)
+    with pytest.raises(ConfigError, match=r"must have tools that answer it; runs/game plays in gym:Some-v0"):
+        load_served("runs/game")
 
 
 def test_a_port_that_is_taken_is_one_line():

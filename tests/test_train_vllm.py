@@ -1,5 +1,6 @@
 """Training with engine vllm, against a stand-in for the package: the whole loop, from command to checkpoint."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 
 import fake_vllm
 from turnwise.config import TrainConfig
+from turnwise.engine import Sampling
 from turnwise.engines.vllm import VLLMEngine
 from turnwise.errors import ConfigError
-from turnwise.evaluation import make_engines
+from turnwise.evaluation import make_engines, place
+from turnwise.lora import add_lora, without_adapter
 from turnwise.policy import load_policy
 from turnwise.rundir import read_lines
 from turnwise.training import train
@@ -64,6 +67,14 @@ def test_the_configuration_chooses_the_engine(checkpoint: Path, monkeypatch: pyt
     assert not any(isinstance(engine, VLLMEngine) for engine in make_engines(policy, TrainConfig()))
 
 
+@pytest.mark.parametrize(("dtype", "drawn"), [("float32", "auto"), ("bfloat16", "bfloat16"), ("mixed", "bfloat16")])
+def test_vllm_computes_in_the_dtype_of_training(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype, drawn: str):
+    fake_vllm.install(monkeypatch)
+    config = TrainConfig(engine="vllm", dtype=dtype)
+    (engine,) = make_engines(place(load_policy(checkpoint), config), config)
+    assert engine._llm.dtype == drawn  # pyright: ignore
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -75,6 +86,34 @@ def test_the_configuration_chooses_the_engine(checkpoint: Path, monkeypatch: pyt
 def test_bad_options_are_refused(options: dict[str, Any], says: str):
     with pytest.raises(ConfigError, match=says):
         TrainConfig(**options)
+
+
+def test_an_adapter_is_merged_into_the_weights_that_vllm_gets(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_vllm.install(monkeypatch)
+    policy = load_policy(checkpoint)
+    add_lora(policy.model, rank=4, alpha=8, targets=(), seed=0, base=str(checkpoint))
+    (engine,) = make_engines(policy, TrainConfig(engine="vllm", lora_rank=4))
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    engine.refresh(1)
+    drawn = asyncio.run(engine.generate([5, 6, 7], Sampling(max_tokens=6, seed=1), session=0))
+    assert drawn.logprobs == pytest.approx(logprobs_after(policy.model, [5, 6, 7], drawn.token_ids), abs=1e-4)
+    with without_adapter(policy.model):
+        assert drawn.logprobs != pytest.approx(logprobs_after(policy.model, [5, 6, 7], drawn.token_ids), abs=1e-2)
+
+
+def test_a_run_that_goes_on_makes_one_engine(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_vllm.install(monkeypatch)
+    made: list[Any] = []
+    init = VLLMEngine.__init__
+    monkeypatch.setattr(VLLMEngine, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1])
+    options = {**SMALL, "steps": 1, "policy": str(checkpoint), "engine": "vllm", "lora_rank": 2}
+    train(out=tmp_path / "r", **options)
+    train(resume=True, out=tmp_path / "r", steps=2)
+    assert len(made) == 2
+    assert made[1].policy_version == 2
 
 
 def test_without_vllm_nothing_is_begun(checkpoint: Path, tmp_path: Path):

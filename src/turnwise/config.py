@@ -306,8 +306,6 @@ class TrainConfig:
             raise unknown_name("engine", self.engine, ENGINES)
         if self.engine != "vllm" and self.vllm_memory_share != TrainConfig.vllm_memory_share:
             raise ConfigError(f"vllm-memory-share must go with engine vllm; got engine {self.engine}; leave it out")
-        if self.engine == "vllm" and self.lora_rank:
-            raise ConfigError("engine vllm must have whole weights; got lora-rank; leave one of them out")
 
     def _check_lora(self) -> None:
         """Raises ConfigError for options of LoRA where there is none, and for a critic that would copy the model."""
@@ -553,6 +551,19 @@ def without_judge(config: TrainConfig) -> TrainConfig:
     weights = None if given is None else {name: weight for name, weight in given.items() if name not in JUDGED}
     nobody = dict.fromkeys(["judge_url", *_JUDGE_OPTIONS])
     return dataclasses.replace(config, reward_weights=weights, **nobody)
+
+
+def on_engine(config: TrainConfig, engine: Literal["hf", "vllm"]) -> TrainConfig:
+    """The configuration with another engine, and no share of memory for one that takes none."""
+    share = config.vllm_memory_share if engine == "vllm" else TrainConfig.vllm_memory_share
+    return dataclasses.replace(config, engine=engine, vllm_memory_share=share)
+
+
+def without_branches(config: TrainConfig) -> TrainConfig:
+    """The configuration for rollouts that are played alone, with no method that needs others."""
+    if not config.branches:
+        return config
+    return dataclasses.replace(config, branches=(), estimator=TrainConfig.estimator, dynamic_sampling=0)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ calls and results become text here; under a model's own format its chat template
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +40,8 @@ def read_messages(data: Any, *, where: str = "messages") -> list[Message]:
     """The messages of a list in the shape of OpenAI's API. InputError, which begins with `where`, for another shape.
 
     Contents are texts, or lists of parts with text; a call's arguments an object, or the JSON text of one; an
-    assistant's `reasoning_content` becomes thoughts before its content.
+    assistant's `reasoning_content` becomes thoughts before its content. Results stand in the order of the calls that
+    they name, as the policy is shown no names.
     """
     if not isinstance(data, list) or not data:
         raise InputError(f"{where} must be a list of messages; got {_shown(data)}; give one message at least")
@@ -47,7 +49,29 @@ def read_messages(data: Any, *, where: str = "messages") -> list[Message]:
     names: dict[str, str] = {}
     for number, entry in enumerate(data):
         messages.append(_message(entry, names, f"{where}[{number}]"))
-    return messages
+    return _in_order_of_calls(data, messages, where)
+
+
+def _in_order_of_calls(data: Sequence[Any], messages: Sequence[Message], where: str) -> list[Message]:
+    """The messages, with results in the order of their calls. InputError where one is missing between others."""
+    out: list[Message] = []
+    places: dict[str, int] = {}
+    for is_tool, run in itertools.groupby(range(len(messages)), lambda i: messages[i].role == "tool"):
+        if not is_tool:
+            numbers = list(run)
+            out += [messages[i] for i in numbers]
+            made = [call.get("id") for call in data[numbers[-1]].get("tool_calls") or ()]
+            places = {str(name): k for k, name in enumerate(made) if name}
+            continue
+        found = sorted((places.get(str(data[i].get("tool_call_id")), len(places)), i) for i in run)
+        named = [place for place, _ in found if place < len(places)]
+        if named != list(range(len(named))):
+            raise InputError(
+                f"{where} up to [{max(i for _, i in found)}] must have one result for each call, in any order; got "
+                f"those of calls {', '.join(str(place + 1) for place in named)}; correct tool_call_id, or add a result"
+            )
+        out += [messages[i] for _, i in found]
+    return out
 
 
 def _message(entry: Any, names: dict[str, str], where: str) -> Message:

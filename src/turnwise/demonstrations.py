@@ -22,11 +22,14 @@ from turnwise.batch import Row
 from turnwise.chat import Chat
 from turnwise.config import TrainConfig
 from turnwise.conversations import read_messages, read_tools, written
+from turnwise.devices import Device, Dtype, check_device
 from turnwise.errors import ConfigError, InputError, TurnwiseError
-from turnwise.policy import Policy, load_policy, save_policy
+from turnwise.evaluation import place
+from turnwise.policy import Policy, save_policy
 from turnwise.protocols import ProtocolName, TagProtocol, opening, protocol_named, said_text
 from turnwise.setting import make_tools, played_protocol
 from turnwise.tools import Tool
+from turnwise.training import start_policy
 from turnwise.types import Message
 from turnwise.warmup import teach_rows
 
@@ -62,6 +65,12 @@ class DemonstrationConfig:
     """Peak learning rate of AdamW; large models want 1e-5 or so."""
     token_budget: int | None = None
     """End once so many tokens have been read, if `epochs` do not end it before."""
+    device: Device = "auto"
+    """Where it is learned, as in training: "auto", "cpu", "cuda" or "mps"."""
+    dtype: Dtype = "float32"
+    """Of the weights and the arithmetic, as in training: "float32", "bfloat16" or "mixed"."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it made."""
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("rows", 1), ("token_budget", 1), ("seed", 0)):
@@ -231,11 +240,20 @@ def learn_demonstrations(config: DemonstrationConfig, watch: Watch | None = None
 
     Bad input raises before any work: InputError or ConfigError for the file and the options, RunError for the policy.
     """
-    like = TrainConfig(policy=config.policy, protocol=config.protocol, tools=config.tools, corpus=config.corpus)
+    like = TrainConfig(
+        policy=config.policy,
+        protocol=config.protocol,
+        tools=config.tools,
+        corpus=config.corpus,
+        device=config.device,
+        dtype=config.dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    check_device(config.device)
     like = dataclasses.replace(like, protocol=played_protocol(like))
     protocol = protocol_named(like.protocol)
     found = read_demonstrations(config.demonstrations, protocol, make_tools(like, ()))
-    policy = load_policy(like.start)
+    policy = place(start_policy(like), like)
     rows = demonstration_rows(found, policy, protocol, config.demonstrations)
     _learn(policy, rows, config, watch)
     save_policy(policy, config.out)

@@ -274,6 +274,7 @@ EVALUATED = {
 }
 """The columns of an evaluation's table."""
 SEARCHED = {
+    "tool_execution": "tool\nexecution",
     "well_called": "well\ncalled",
     "gold_found": "gold\nfound",
     "answer_in_results": "answer in\nresults",
@@ -284,7 +285,7 @@ SEARCHED = {
     "redundant_searches": "redundant\nsearches",
     "turns": "turns",
 }
-"""The same where protocol `search` was played; a column that no question has is left out."""
+"""The same where protocol `search` or a model's own format was played; a column that no question has is left out."""
 ELSEWHERE = {
     "success": "success",
     "environment_return": "return",

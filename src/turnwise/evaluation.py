@@ -21,7 +21,9 @@ from turnwise.config import (
     TOOL_OPTIONS,
     TrainConfig,
     config_from_dict,
+    on_engine,
     read_config_file,
+    without_branches,
     without_judge,
 )
 from turnwise.cores import in_parallel, parts_at_once
@@ -386,8 +388,10 @@ def evaluate(
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
     _check_samples(samples, pass_at, mode)
     policy, config = (None, _spoken(run_config(run))) if endpoint else run_policy(run, checkpoint)
-    replaced = {"engine": engine, "max_turn_tokens": max_turn_tokens}
-    config = dataclasses.replace(config, **{name: value for name, value in replaced.items() if value is not None})
+    if engine is not None:
+        config = on_engine(config, engine)
+    if max_turn_tokens is not None:
+        config = dataclasses.replace(config, max_turn_tokens=max_turn_tokens)
     if not judge:
         config = without_judge(config)
     config = elsewhere(config, environment, max_turns)
@@ -412,7 +416,7 @@ def evaluate(
         pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, **how)
     evaluation = summarised(name or called, mode, pairs, config.tag_protocol, pass_at=pass_at, endpoint=costs)
     if not evaluation.metrics:
-        mended = "environment" if config.environment else "tools"
+        mended = "endpoint or the tools" if endpoint else "environment" if config.environment else "tools"
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the {mended}")
     return evaluation
 
@@ -491,12 +495,12 @@ def to_play(
 def elsewhere(config: TrainConfig, environment: str | None, max_turns: int | None) -> TrainConfig:
     """The configuration in another environment, which pays what it pays by default, and with other `max_turns`."""
     if max_turns is not None:
-        config = dataclasses.replace(config, max_turns=max_turns, branches=())
+        config = dataclasses.replace(without_branches(config), max_turns=max_turns)
     if environment is None:
         return config
     given = {name: getattr(TrainConfig, name) for name in (*TOOL_OPTIONS, "tasks", "validation_tasks", "rewards")}
     return dataclasses.replace(
-        without_judge(config), **given, reward_weights=None, branches=(), environment=environment
+        without_branches(without_judge(config)), **given, reward_weights=None, environment=environment
     )
 
 
@@ -519,7 +523,8 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     if str(run) in EMBEDDED:
         return load_policy(run), _embedded_config(str(run))
     if is_hub_name(run):
-        return load_policy(run), TrainConfig(policy=str(run))
+        config = TrainConfig(policy=str(run))
+        return place(load_policy(run), config), config
     if not folder.is_dir():
         raise InputError(
             f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "

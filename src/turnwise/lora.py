@@ -68,7 +68,7 @@ def _check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     for target in targets:
         found = [name for name in linear if name == target or name.endswith(f".{target}")]
         if not found:
-            ends = sorted({name.rpartition(".")[2] for name in linear})
+            ends = sorted({n.rpartition(".")[2] for n in linear if n != head or not model.config.tie_word_embeddings})
             raise ConfigError(
                 f"lora-targets must be linear layers of the policy; it has none called {target!r}; take some of "
                 f"{', '.join(ends)}"
@@ -120,6 +120,22 @@ def without_adapter(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.enable_adapters()
+
+
+def plain_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a plain model by its names, an adapter's products added to those beside them, one at a time.
+
+    The model stays as it is.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+    for name, weight in model.named_parameters():
+        above, is_beside, own = name.rpartition(".base_layer.")
+        if is_beside and above in layers:
+            layer: Any = layers[above]
+            products = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters if own == "weight"]
+            yield f"{above}.{own}", sum((p.to(weight.dtype) for p in products), weight.detach()).detach()
+        elif name.partition(".lora_")[0] not in layers:
+            yield name, weight.detach()
 
 
 def merge_adapter(model: PreTrainedModel) -> None:

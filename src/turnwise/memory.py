@@ -169,21 +169,29 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
     own = _bytes(fake.get_decoder().parameters()) if with_critic and config.critic == "own" else 0
     size = {"float32": 4, "mixed": 3, "bfloat16": 2}[config.dtype]  # mixed: keys in float32, values in bfloat16
     vocabulary = fake.get_output_embeddings().weight.shape[0]  # pyright: ignore
+    drawing = max(feeding, alive * vocabulary * (size + DRAWING_BYTES))
     return MemoryEstimate(
         held={
             "weights": weights,
             "optimiser": 2 * learned,
             "reference": weights if config.kl_coef and learned == weights else 0,  # of an adapter, the model without
             "critic": 3 * own,
-            "rollout cache": alive * lengths.rollout * cache_bytes(fake.config, size),
+            **_engine_bytes(fake, config, alive * lengths.rollout * cache_bytes(fake.config, size)),
         },
         update={
             "gradients": learned + own,
             "activations": activations,
             "logits and backward": backward,
         },
-        rollouts={"feeding and drawing": max(feeding, alive * vocabulary * (size + DRAWING_BYTES))},
+        rollouts={"feeding and drawing": 0 if config.engine == "vllm" else drawing},
     )
+
+
+def _engine_bytes(model: PreTrainedModel, config: TrainConfig, cache: int) -> dict[str, int]:
+    """What the engine keeps: a cache of so many bytes, or vLLM its share of the device, its own weights included."""
+    if config.engine == "hf":
+        return {"rollout cache": cache}
+    return {"vLLM": int(config.vllm_memory_share * (device_memory(chosen_device(config.device, model)) or 0))}
 
 
 def cache_bytes(config: Any, itemsize: int) -> int:

@@ -178,6 +178,11 @@ def _check_config(folder: Path) -> None:
         kind = record.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(folder, error) from error
+    if kind is None and isinstance(record.get("config"), dict) and "turnwise" in record:
+        raise ConfigError(
+            f"a policy must be a checkpoint; {folder} is a run; take the best or newest of its own, such as "
+            f"{folder / 'best'}"
+        )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         own = (
             "code of its own, which is not run" if "auto_map" in record else "no causal language model of transformers"

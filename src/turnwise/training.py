@@ -26,6 +26,7 @@ from turnwise.credit import TOKEN_ESTIMATORS, sign_flips
 from turnwise.crediting import Credited, credit_rollouts, has_signal
 from turnwise.critic import Critic, make_critic
 from turnwise.devices import check_device
+from turnwise.engine import PolicyEngine
 from turnwise.errors import ConfigError, RunError
 from turnwise.evaluation import (
     check_prompts,
@@ -42,6 +43,7 @@ from turnwise.learning import update
 from turnwise.lora import add_lora, is_adapted
 from turnwise.memory import MemoryEstimate, check_memory, memory_estimate, rollout_lengths
 from turnwise.policy import Policy, load_policy, named_folder
+from turnwise.protocols import NATIVE
 from turnwise.rollout import sampled_tokens, turns_once
 from turnwise.rundir import (
     append_lines,
@@ -56,7 +58,7 @@ from turnwise.rundir import (
     save_checkpoint,
     write_config,
 )
-from turnwise.setting import Setting, make_setting
+from turnwise.setting import Setting, make_setting, played_protocol
 from turnwise.trackers import check_tracker, tracking
 from turnwise.types import Rollout, Task
 from turnwise.watch import new_warnings
@@ -112,8 +114,10 @@ def train(
     run = _Run(config, setting)
     if resume:
         run.restore()
+        run.start_engines()
         write_config(config.out, config)
     else:
+        run.start_engines()
         create_run(config.out, config)
     if display and run.memory:
         display.say(run.memory.text())
@@ -140,8 +144,11 @@ class _Displays:
 
 def planned_memory(config: TrainConfig) -> MemoryEstimate:
     """What a run with this configuration would take, without starting it."""
+    check_tracker(config.tracker)
     setting = make_setting(config)
+    check_device(config.device)
     policy = start_policy(setting.config)
+    check_prompts(setting, policy, rollout_limits(setting.config, policy))
     lengths = rollout_lengths(setting, policy)
     found = check_memory(policy.model, setting.config, lengths)
     return found or memory_estimate(policy.model, setting.config, lengths)
@@ -162,6 +169,8 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     defaults = TrainConfig()
     fields = [field.name for field in dataclasses.fields(config)]
     asked = {n: getattr(config, n) for n in fields if n in given or getattr(config, n) != getattr(defaults, n)}
+    if asked.get("protocol") == NATIVE:  # the run's own has the format's name
+        asked["protocol"] = played_protocol(dataclasses.replace(saved, protocol=NATIVE))
     for name, value in asked.items():
         if name not in RESUMABLE and value != getattr(saved, name):
             raise ConfigError(
@@ -224,7 +233,13 @@ class _Run:
         self.drawn_tasks = 0
         self.is_between_steps = True
         """Whether the weights are those of the last whole step; an update that fails may leave them in between."""
+        self.engines: Sequence[PolicyEngine] = ()
+
+    def start_engines(self) -> None:
+        """Makes the engines, once, over the policy that the run goes on with: one of vLLM fills its share of a GPU."""
         self.engines = make_engines(self.policy, self.config)
+        if self.step:
+            self._refresh(self.step)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -267,13 +282,11 @@ class _Run:
         self.critic = self._critic()
         if self.critic:
             load_critic(self.critic, folder)
-        self.engines = make_engines(self.policy, self.config)
         self.step, self.best, self.wall_s = state["step"], state["best"], state["wall_s"]
         self.validation = state["validation"]
         self.sampled_tokens = state.get("sampled_tokens", 0)  # earlier checkpoints have no count, and no budget
         self.drawn_tasks = state.get("drawn_tasks", self.step * self.config.tasks_per_step)
         self.saved_step = self.step
-        self._refresh(self.step)
         self._cut_logs(after_step=self.step)
 
     def _refresh(self, version: int) -> None:

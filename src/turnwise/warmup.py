@@ -613,6 +613,7 @@ def teach_rows(policy: Policy, optimizer: torch.optim.Optimizer, rows: Sequence[
     tokens = sum(int(row.loss.sum()) for row in rows)
     total = 0.0
     for batch in micro_batches(rows, max_tokens=2048, pad_id=policy.chat.pad_id):
+        batch = batch.to(policy.model.device)
         logprobs, _ = token_logprobs(policy.model, batch, batch.loss)
         loss = -logprobs.sum() / tokens
         loss.backward()

@@ -5,7 +5,7 @@ the rollouts may run their tools. vLLM keeps what it computed by its content (pr
 turn, and what a group's prompts have in common, is not computed again; nothing has to be kept per session here.
 
 The engine runs in the trainer's process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), so that weights go from one model to the
-other on the device, by their Hugging Face names.
+other on the device, by their Hugging Face names; an adapter is merged into the weights on their way.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from turnwise.devices import compute_dtype
 from turnwise.engine import (
     Completion,
     Sampling,
@@ -30,6 +31,7 @@ from turnwise.engine import (
     fork_onto_session,
 )
 from turnwise.errors import ConfigError, RunError
+from turnwise.lora import plain_weights
 
 FINISHES: dict[str | None, Literal["stop", "length"]] = {"stop": "stop", "length": "length"}
 
@@ -77,6 +79,7 @@ class VLLMEngine:
 
     def _made(self, max_rows: int, memory_share: float) -> Any:
         """vLLM's model with weights of no meaning, from the configuration alone."""
+        small = compute_dtype(self._model) is torch.bfloat16  # its configuration has the dtype that it was read in
         with tempfile.TemporaryDirectory() as folder:
             self._model.config.save_pretrained(folder)
             try:
@@ -84,6 +87,7 @@ class VLLMEngine:
                     model=folder,
                     skip_tokenizer_init=True,
                     load_format="dummy",
+                    dtype="bfloat16" if small else "auto",
                     generation_config="vllm",
                     logprobs_mode="processed_logprobs",
                     enable_prefix_caching=True,
@@ -148,8 +152,7 @@ class VLLMEngine:
         self.policy_version = policy_version
 
     def _load_weights(self) -> None:
-        weights = [(name, weight.detach()) for name, weight in self._model.named_parameters()]
-        self._llm.apply_model(lambda model: model.load_weights(weights))
+        self._llm.apply_model(lambda model: model.load_weights(plain_weights(self._model)))
         if self._llm.reset_prefix_cache() is False:  # earlier versions of vLLM return nothing
             raise RunError("vLLM must forget what it computed with old weights; it did not; use --engine hf")
 

@@ -28,6 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from turnwise.config import on_engine
 from turnwise.errors import ConfigError, RunError
 from turnwise.evaluation import Checkpoint, make_engine, make_engines, rollout_limits, run_policy
 from turnwise.serving.shapes import ApiError, ChatRequest, chat_request, model_list, new_head
@@ -56,7 +57,12 @@ def load_served(
 ) -> Served:
     """The policy of a run with its tools, as `turnwise ask` plays it."""
     policy, config = run_policy(run, checkpoint)
-    config = dataclasses.replace(config, engine=engine, protocol=played_protocol(config))
+    if config.environment:
+        raise ConfigError(
+            f"a served agent must have tools that answer it; {run} plays in {config.environment}, which no client "
+            "speaks for; watch it with turnwise ask, or serve the policy alone: turnwise export, then turnwise serve"
+        )
+    config = on_engine(dataclasses.replace(config, protocol=played_protocol(config)), engine)
     name = Path(run).resolve().name if name is None else name
     if not name or name.endswith(RAW):
         raise ConfigError(f"name must be a model's name that does not end with {RAW}; got {name!r}; give another")
