@@ -282,6 +282,10 @@ def test_long_results_and_long_errors_are_cut_at_a_word():
     assert echoed("lone \ud800 half") == "lone ? half"
 
 
+def test_a_long_result_without_words_is_kept_up_to_the_cap():
+    assert capped('{"page": "' + "A" * 500, 200) == '{"page": "' + "A" * 188 + CUT_MARK
+
+
 @settings(deadline=None)
 @given(st.text(alphabet="ab \n\u2003", max_size=30), st.integers(3, 25))
 def test_a_cut_text_is_within_the_cap_and_ends_with_a_whole_word(text: str, cap: int):

@@ -36,6 +36,8 @@ ERROR_PREFIX = "Error: "
 """How the text of every failed call begins."""
 CUT_MARK = " …"
 """How a text that was cut to a cap ends."""
+LONGEST_WORD = 80
+"""Most characters that are given up to cut a text at the end of a word."""
 ERROR_CAP = 400
 """Most characters of an error's text where no tool's own cap applies."""
 TIMEOUT_S = 60.0
@@ -433,14 +435,14 @@ def error_result(error: str, text: str, *, cap: int = ERROR_CAP, duration_s: flo
 
 
 def capped(text: str, cap: int) -> str:
-    """`text` in at most `cap` characters: cut at a word border, the cut marked by ` …`."""
+    """`text` in at most `cap` characters: cut at a word border, if one is near, the cut marked by ` …`."""
     if len(text) <= cap:
         return text
     room = cap - len(CUT_MARK)
     kept = text[:room]
     if not text[room].isspace():
         words = re.match(r"(?s)(.*\S)\s", kept)
-        kept = words[1] if words else kept
+        kept = words[1] if words and room - len(words[1]) <= LONGEST_WORD else kept
     return kept.rstrip() + CUT_MARK
 
 
