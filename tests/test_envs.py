@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from turnwise import credit
+from turnwise import atlas, credit
 from turnwise.chat import byte_chat
 from turnwise.cli import main
 from turnwise.config import TrainConfig
@@ -115,6 +115,38 @@ def test_an_environment_may_start_asynchronously():
             return (Message(role="user", content="field 0"),)
 
     assert played("right", "right", "right", environment=Slow(TASK)).success
+
+
+def test_an_environment_may_answer_without_a_coroutine():
+    class Plain(Corridor):
+        def step(self, text: str) -> Step:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return Step(action=Action(), stop="done", success=text == "right")
+
+    assert played("right", environment=TurnLimit(Plain(TASK), 3)).success
+
+
+def test_what_an_environment_must_not_say_or_do_is_its_failure_alone():
+    class Wrong(Corridor):
+        def start(self):
+            return "field 0" if self.place else super().start()
+
+        async def step(self, text: str):  # pyright: ignore[reportIncompatibleMethodOverride]
+            if text == "quit":
+                raise SystemExit(3)
+            return "field 1", 0.5, False
+
+    faults = {
+        "quit": "RuntimeError: it called exit(3)",
+        "right": "TypeError: step() must return a Step; got tuple \"('field 1', 0.5, False)\"",
+    }
+    for said, fault in faults.items():
+        assert (played(said, environment=Wrong(TASK)).stop, played(said, environment=Wrong(TASK)).error) == (
+            "error",
+            fault,
+        )
+    begun = Task(id="t", question="", metadata={"start": 1})
+    error = played("right", environment=Wrong(begun)).error
+    assert error == "TypeError: start() must return a tuple of Message records; got str 'field 0'"
 
 
 def test_a_reward_that_is_no_finite_number_is_the_environments_failure():
@@ -312,6 +344,8 @@ def test_a_run_is_evaluated_asked_and_reported_where_it_was_trained(run: Path, c
     assert "success" in capsys.readouterr().out
     assert main(["ask", str(run), "What is the capital of Kenya?"]) == 2  # the module's tasks need golds
     assert "environment must not fail" in capsys.readouterr().err
+    assert main(["ask", str(run), atlas.tasks("test")[0].id]) == 0  # as this one has them
+    assert atlas.tasks("test")[0].answers[0] in capsys.readouterr().out
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "solved the task" in page

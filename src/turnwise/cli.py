@@ -362,7 +362,7 @@ def _train(config: Any, *, resume: bool, given: Sequence[str]) -> int:
         print(f"The run is in {result.out}. What next:")
         print(f"  turnwise report {result.out}")
         print(f"  turnwise eval {result.out}")
-        asked = '"What is the capital of Kenya?"' if config.environment is None else "3"
+        asked = '"What is the capital of Kenya?"' if config.environment is None else "TASK"
         print(f"  turnwise ask {result.out} {asked}")
         return 0
     print(f"Stopped after step {result.steps} of {total}; nothing is lost. To go on:")
@@ -681,7 +681,8 @@ def ask(
 
     Args:
         run: A run directory, a checkpoint folder, or "embedded".
-        question: The question; in an environment of seeds the seed, in one of games the game's name.
+        question: The question; in an environment of seeds the seed, in one of games the game's name, in a module's
+            the id or question of one of its tasks, or another question.
         corpus: What to search instead of the run's corpus: "atlas", a JSON-lines file, or a folder.
         mode: Take the most probable tokens, or draw them as in training.
         checkpoint: The run's best by validation, or its last.
@@ -699,6 +700,7 @@ def ask(
     from turnwise.report.text import visible
     from turnwise.rollout import run_rollout
     from turnwise.setting import environment_source, make_tools
+    from turnwise.toolbox.sources import source_names
     from turnwise.types import Task
 
     if not question.strip():
@@ -707,7 +709,8 @@ def ask(
     policy, config = run_policy(run, checkpoint)
     config = elsewhere(config, environment, max_turns)
     if corpus:
-        config = dataclasses.replace(config, corpus=corpus, tools=None)
+        others = config.tools if "search" in source_names(config.tools) else None
+        config = dataclasses.replace(config, corpus=corpus, tools=others)
     source = environment_source(config)
 
     def watch(text: str, step: Step) -> None:

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from turnwise.env import Environment, Step, closed
+from turnwise.env import Environment, Step, closed, stepped
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
 
@@ -312,7 +312,7 @@ class Watched:
 
     async def step(self, text: str) -> Step:
         """The environment's reaction, once `watch` has seen it."""
-        step = await self._environment.step(text)
+        step = await stepped(self._environment, text)
         self._watch(text, step)
         return step
 

@@ -32,7 +32,7 @@ from turnwise.engine import Engine, PolicyEngine
 from turnwise.engines.hf import HFEngine
 from turnwise.engines.vllm import VLLMEngine
 from turnwise.env import closed, started
-from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
+from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, described, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.protocols import NATIVE, ProtocolName, protocol_named
@@ -713,9 +713,9 @@ async def opening(setting: Setting, task: Task) -> tuple[Message, ...]:
     except Exception as error:
         if setting.source is None:
             raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"the environment {setting.source.name} must start; got {text} for task {task.id!r}; mend it, or the task"
+            f"the environment {setting.source.name} must start; got {described(error)} for task {task.id!r}; mend it, "
+            "or the task"
         ) from error
     finally:
         await closed(environment)

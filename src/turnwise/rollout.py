@@ -15,8 +15,8 @@ import numpy as np
 
 from turnwise.chat import Chat
 from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
-from turnwise.env import Environment, Step, closed, forked, started, state_of
-from turnwise.errors import ConfigError, InputError
+from turnwise.env import Environment, Step, closed, forked, started, state_of, stepped
+from turnwise.errors import ConfigError, InputError, described
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class _Player:
             line.stop = "max_tokens"
         else:
             try:
-                step = await line.environment.step(text)
+                step = await stepped(line.environment, text)
                 rewards, line.state = finite_rewards(step.rewards), state_of(line.environment)
                 line.stop, line.success = step.stop, step.success
             except Exception as failure:
@@ -288,11 +288,6 @@ def _reserved(chat: Chat, limits: Limits, turns: int) -> int:
     """Tokens for the turns that are granted after `turns` of them, one at least, with empty replies between."""
     to_come = max(1, limits.max_turns - turns)
     return to_come * limits.max_turn_tokens + (to_come - 1) * chat.empty_reply_length
-
-
-def described(failure: Exception) -> str:
-    """An exception's class and text on one line."""
-    return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
 def finite_rewards(rewards: Mapping[str, float]) -> dict[str, float]:

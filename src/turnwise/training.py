@@ -20,9 +20,7 @@ from turnwise.batch import Row
 from turnwise.config import CRITIC_METHODS, TrainConfig
 from turnwise.cores import parts_at_once
 from turnwise.correction import corrected
-from turnwise.credit import (
-    TOKEN_ESTIMATORS,
-)
+from turnwise.credit import TOKEN_ESTIMATORS
 from turnwise.crediting import Credited, credit_rollouts, has_signal
 from turnwise.critic import Critic, make_critic
 from turnwise.devices import check_device
