@@ -701,7 +701,7 @@ def ask(
     from turnwise.rollout import run_rollout
     from turnwise.setting import environment_source, make_tools
     from turnwise.toolbox.sources import source_names
-    from turnwise.types import Task
+    from turnwise.types import Message, Task
 
     if not question.strip():
         raise InputError("the question must not be blank; got none; ask something")
@@ -718,6 +718,10 @@ def ask(
         turns += 1
         console.print(turn_panel(turns, text, step))
 
+    def begin(messages: tuple[Message, ...]) -> None:
+        for message in messages if source else ():
+            console.print(Text(visible(message.content), style="dim" if message.role == "system" else ""))
+
     if source:
         task = source.task_of(question)
         playing = source.environment(task, config.max_turns)
@@ -728,7 +732,7 @@ def ask(
     rollout = asyncio.run(
         run_rollout(
             task,
-            Watched(playing, watch),
+            Watched(playing, watch, begin),
             make_engine(policy),
             policy.chat,
             limits=rollout_limits(config, policy),

@@ -28,7 +28,7 @@ class Step:
     rewards: Mapping[str, float] = field(default_factory=dict)
     """What the environment itself pays for the message, by name, such as `environment`; absent is not 0."""
     success: bool | None = None
-    """At the end: whether the environment says that the task is solved; None where it does not say."""
+    """Whether the task is solved as things stand; None where the environment does not say. A rollout has the last."""
 
     @property
     def result(self) -> ToolResult | None:

@@ -155,9 +155,9 @@ def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName |
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Each name's values, of the rows that have it."""
+    """Each name's values, of the rows that have it; where some are solved, those that do not say so are not."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: [row.get(name, 0.0) for row in rows if name in row or name == "success"] for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,8 @@ class _Player:
             try:
                 step = await stepped(line.environment, text)
                 rewards, line.state = finite_rewards(step.rewards), state_of(line.environment)
-                line.stop, line.success = step.stop, step.success
+                line.stop = step.stop
+                line.success = line.success if step.success is None else step.success
             except Exception as failure:
                 line.stop, line.error = "error", described(failure)
         if line.stop is None:

@@ -155,5 +155,5 @@ def step_of(
         reply=() if stop else (Message(role="user", content=observation),),
         stop=stop,
         rewards={**paid, **(rewards or {})},
-        success=success if stop else None,
+        success=success,
     )
