@@ -54,8 +54,13 @@ def load_served(
     checkpoint: Checkpoint = "best",
     engine: Literal["hf", "vllm"] = "hf",
 ) -> Served:
-    """The policy of a run with its tools, as `turnwise ask` plays it."""
+    """The policy of a run with its tools, as `turnwise ask` plays it. ConfigError where it has none."""
     policy, config = run_policy(run, checkpoint)
+    if config.environment:
+        raise ConfigError(
+            f"what is served must answer with tools; {run} plays in {config.environment}, which a chat has not; watch "
+            "it with turnwise ask, or serve the checkpoint that turnwise export writes"
+        )
     config = dataclasses.replace(config, engine=engine, protocol=played_protocol(config))
     name = Path(run).resolve().name if name is None else name
     if not name or name.endswith(RAW):
