@@ -514,6 +514,19 @@ def test_an_object_that_cannot_be_closed_is_warned_of():
         asyncio.run(scene())
 
 
+def test_methods_that_are_bound_to_an_object_of_the_module_are_plain_tools(tmp_path: Path):
+    (tmp_path / "t.py").write_text(
+        "class Book:\n"
+        "    def __init__(self): self.pages = ['a', 'b']\n"
+        "    def page(self, number: int) -> str:\n        'A page.'\n        return self.pages[number]\n"
+        "    @staticmethod\n    def last(pages: int) -> int:\n        'The last page.'\n        return pages - 1\n"
+        "TOOLS = [Book().page, Book.last]\n"
+    )
+    tools = load_tools(tmp_path / "t.py")
+    assert called(tools["page"], number=1).text == "b"
+    assert called(tools["last"], pages=3).text == "2"
+
+
 def test_a_method_is_not_called_without_its_object():
     with pytest.raises(ConfigError, match="'visit' must be bound to its object"):
         called(stateful(Browser)[0], url="x")

@@ -277,7 +277,8 @@ def _parameters(function: Callable[..., Any], texts: Mapping[str, str]) -> Schem
         ) from error
     properties: dict[str, Schema] = {}
     required: list[str] = []
-    for parameter in list(inspect.signature(function).parameters.values())[_is_method(function) :]:
+    given = list(inspect.signature(function).parameters.values())
+    for parameter in given[1:] if _is_method(function, given, hints) else given:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(
                 f"tool {name!r} must take named parameters only; got {str(parameter)!r}; write each parameter out"
@@ -292,15 +293,29 @@ def _parameters(function: Callable[..., Any], texts: Mapping[str, str]) -> Schem
             schema["description"] = texts[parameter.name]
         if parameter.default is parameter.empty:
             required.append(parameter.name)
-        else:
+        elif _is_json(parameter.default):
             schema["default"] = parameter.default
         properties[parameter.name] = schema
     return {"type": "object", "properties": properties, "required": required}
 
 
-def _is_method(function: Callable[..., Any]) -> bool:
-    """Whether a function is defined in a class, so that its first parameter is the object."""
-    return function.__qualname__.rpartition(".")[0].rpartition(".")[2] not in ("", "<locals>")
+def _is_method(function: Callable[..., Any], given: list[inspect.Parameter], hints: Mapping[str, Any]) -> bool:
+    """Whether a function's first parameter is the object of the class that it is defined in.
+
+    It is not in a method that is bound to its object already, nor in a static one, whose first parameter has a type.
+    """
+    in_class = function.__qualname__.rpartition(".")[0].rpartition(".")[2] not in ("", "<locals>")
+    if not in_class or inspect.ismethod(function) or not given:
+        return False
+    return given[0].name == "self" or given[0].name not in hints
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _type_schema(hint: Any, where: str) -> Schema:
@@ -312,7 +327,7 @@ def _type_schema(hint: Any, where: str) -> Schema:
         return {}
     if hint is type(None):
         return {"type": "null"}
-    if origin is Literal:
+    if origin is Literal and all(map(_is_json, arguments)):
         return {"enum": list(arguments)}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [_type_schema(a, where) for a in arguments]}
