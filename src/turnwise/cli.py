@@ -572,7 +572,7 @@ def evaluate(
     """Measure a run's policy on questions, or any model behind an OpenAI-compatible endpoint, with intervals.
 
     Args:
-        run: A run directory, a checkpoint folder, or "embedded"; with --endpoint also a file of options.
+        run: A run directory, a checkpoint folder, "embedded", or a file of options, whose policy is not trained yet.
         tasks: "atlas", "atlas-two-hop" or a file of questions; by default the run's own.
         split: Which of them; by default the atlas's test split, or a file's validation questions.
         mode: Take the most probable tokens, or draw them as in training; by default greedy, with --samples sampled.
@@ -699,7 +699,7 @@ def ask(
     from turnwise.evaluation import elsewhere, make_engine, rollout_limits, run_policy
     from turnwise.report.text import visible
     from turnwise.rollout import run_rollout
-    from turnwise.setting import environment_source, make_tools
+    from turnwise.setting import environment_source, make_tools, played_protocol
     from turnwise.toolbox.sources import source_names
     from turnwise.types import Message, Task
 
@@ -711,6 +711,7 @@ def ask(
     if corpus:
         others = config.tools if "search" in source_names(config.tools) else None
         config = dataclasses.replace(config, corpus=corpus, tools=others)
+    config = dataclasses.replace(config, protocol=played_protocol(config))
     source = environment_source(config)
 
     def watch(text: str, step: Step) -> None:
