@@ -274,7 +274,7 @@ class _Run:
             load_critic(self.critic, folder)
         self.engines = make_engines(self.policy, self.config)
         self.step, self.wall_s = state["step"], state["wall_s"]
-        self.best = _best_of(state["best"])
+        self.best = state.get("best_rank", 0), state["best"]  # earlier checkpoints have the number alone
         self.validation = state["validation"]
         self.sampled_tokens = state.get("sampled_tokens", 0)  # earlier checkpoints have no count, and no budget
         self.drawn_tasks = state.get("drawn_tasks", self.step * self.config.tasks_per_step)
@@ -451,18 +451,14 @@ class _Run:
             return
         self.saved_step = self.step
         state = {
-            "best": list(self.best),
+            "best_rank": self.best[0],
+            "best": self.best[1],
             "wall_s": self.wall_s,
             "validation": self.validation,
             "sampled_tokens": self.sampled_tokens,
             "drawn_tasks": self.drawn_tasks,
         }
         save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state, self.critic)
-
-
-def _best_of(saved: Any) -> tuple[int, float]:
-    """The best validation as a checkpoint has it; earlier ones had the number alone."""
-    return (saved[0], saved[1]) if isinstance(saved, list) else (0, saved)
 
 
 # --- the parts of a step ----------------------------------------------------------------------------
