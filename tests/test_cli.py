@@ -332,6 +332,19 @@ def test_report_prints_the_table_and_writes_the_page(run: Path, capsys):
     assert (run / "report.html").read_text().lower().startswith("<!doctype html>")
 
 
+def test_a_file_of_options_is_measured_and_asked_before_any_training(
+    checkpoint: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    options = tmp_path / "options.toml"
+    options.write_text(
+        f'policy = "{checkpoint}"\ntasks = "{tasks}"\nvalidation-tasks = "{tasks}"\ntools = "calculator"\n'
+        "max-turn-tokens = 6\n"
+    )
+    assert main(["eval", str(options), "--limit", "2", "--out", str(tmp_path)]) == 0
+    assert "exact" in capsys.readouterr().out
+    assert main(["ask", str(options), "What is 2 + 2?"]) == 0
+
+
 def test_python_calls_give_the_same_as_commands(run: Path, tasks: Path):
     import turnwise as tw
 

@@ -160,7 +160,7 @@ def test_a_watched_environment_tells_every_step_and_changes_nothing():
     call = '<tool>{"name": "search", "args": {"query": "x"}}</tool>'
     first = asyncio.run(environment.step(call))
     last = asyncio.run(environment.step("<answer>x</answer>"))
-    assert environment.start()[1].content == "q"
+    assert asyncio.run(environment.start())[1].content == "q"
     assert seen == [(call, first), ("<answer>x</answer>", last)]
     assert first.result is not None
     assert first.result.text == "found x"

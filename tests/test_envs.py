@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from turnwise import credit
+from turnwise import atlas, credit
 from turnwise.chat import byte_chat
 from turnwise.cli import main
 from turnwise.config import TrainConfig
@@ -19,11 +19,12 @@ from turnwise.envs import load_source
 from turnwise.envs.source import Source, read_action, seed_tasks
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.evaluation import evaluate, mean_metrics, rollout_metrics, rollouts
+from turnwise.report.tables import COLUMNS, ELSEWHERE, Cell, Row, columns_of, markdown_table
 from turnwise.rewards import score
 from turnwise.rollout import Limits, run_rollout, run_tree
 from turnwise.setting import make_setting
 from turnwise.tasks import load_tasks
-from turnwise.training import train
+from turnwise.training import rating, train
 from turnwise.types import Action, Message, Rollout, Task, Turn, rollout_from_json
 
 CHAT = byte_chat()
@@ -117,6 +118,38 @@ def test_an_environment_may_start_asynchronously():
     assert played("right", "right", "right", environment=Slow(TASK)).success
 
 
+def test_an_environment_may_answer_without_a_coroutine():
+    class Plain(Corridor):
+        def step(self, text: str) -> Step:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return Step(action=Action(), stop="done", success=text == "right")
+
+    assert played("right", environment=TurnLimit(Plain(TASK), 3)).success
+
+
+def test_what_an_environment_must_not_say_or_do_is_its_failure_alone():
+    class Wrong(Corridor):
+        def start(self):
+            return "field 0" if self.place else super().start()
+
+        async def step(self, text: str):  # pyright: ignore[reportIncompatibleMethodOverride]
+            if text == "quit":
+                raise SystemExit(3)
+            return "field 1", 0.5, False
+
+    faults = {
+        "quit": "RuntimeError: it called exit(3)",
+        "right": "TypeError: step() must return a Step; got tuple \"('field 1', 0.5, False)\"",
+    }
+    for said, fault in faults.items():
+        assert (played(said, environment=Wrong(TASK)).stop, played(said, environment=Wrong(TASK)).error) == (
+            "error",
+            fault,
+        )
+    begun = Task(id="t", question="", metadata={"start": 1})
+    error = played("right", environment=Wrong(begun)).error
+    assert error == "TypeError: start() must return a tuple of Message records; got str 'field 0'"
+
+
 def test_a_reward_that_is_no_finite_number_is_the_environments_failure():
     rollout = played("nan")
     assert rollout.stop == "error"
@@ -185,7 +218,36 @@ def test_metrics_of_an_environment_are_its_return_and_its_flag():
     assert not {"tool_execution", "exact_match", "xml_format"} & found.keys()
     means = mean_metrics([(TASK, good), (TASK, poor)], None)
     assert means["environment_return"] == (1.5 + 0.25) / 2
-    assert means["success"] == 1.0  # the flag is absent, not false, where the environment does not say
+    assert means["success"] == 0.5  # the poor one was cut off before its environment said anything
+    assert "success" not in mean_metrics([(TASK, poor)], None)
+
+
+def test_a_rollout_that_is_cut_off_has_the_flag_of_its_last_step():
+    class Telling(Corridor):
+        async def step(self, text: str) -> Step:
+            return dataclasses.replace(await super().step(text), success=self.place == 3)
+
+    assert played("right", "right", environment=TurnLimit(Telling(TASK), 2)).success is False
+    assert played("right", "x" * 80, environment=Telling(TASK)).success is False  # the budget of tokens
+
+
+def test_a_success_is_a_better_validation_than_any_return():
+    ratings = [rating({}), rating({"environment_return": 9.0}), rating({"success": 0.1}), rating({"exact_match": 0.0})]
+    assert ratings == sorted(ratings)
+    assert rating({"success": 0.2}) > rating({"success": 0.1, "environment_return": 9.0})
+
+
+def test_the_reports_tables_have_return_and_success_instead_of_what_compares_with_answers():
+    def row(**numbers: float) -> Row:
+        cells = {name: Cell(mean=value, low=value, high=value, num_runs=1) for name, value in numbers.items()}
+        return Row(population="validation", estimator="gigpo", seeds=(1,), cells={**dict.fromkeys(COLUMNS), **cells})
+
+    elsewhere, answering = row(success=0.25, environment_return=-0.5), row(exact_match=0.5)
+    assert columns_of([elsewhere]) == ["success", "environment_return"]
+    assert columns_of([answering]) == [name for name in COLUMNS if name not in ELSEWHERE]
+    table = markdown_table([elsewhere])
+    assert "| Method | Seeds | Success, end | Return |" in table
+    assert "| gigpo | 1 | 25.0 | -0.50 |" in table
 
 
 # ------------------------------------------------------------------------------------- credit
@@ -312,9 +374,15 @@ def test_a_run_is_evaluated_asked_and_reported_where_it_was_trained(run: Path, c
     assert "success" in capsys.readouterr().out
     assert main(["ask", str(run), "What is the capital of Kenya?"]) == 2  # the module's tasks need golds
     assert "environment must not fail" in capsys.readouterr().err
+    assert main(["ask", str(run), atlas.tasks("test")[0].id]) == 0  # as this one has them
+    assert atlas.tasks("test")[0].answers[0] in capsys.readouterr().out
+    assert main(["serve", str(run), "--port", "0"]) == 2
+    assert "what is served must answer with tools" in capsys.readouterr().err
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "solved the task" in page
+    assert "Success, end" in page
+    assert "Exact match, end" not in page
     assert main(["credit", str(run / "rollouts.jsonl"), "--methods", "mt-grpo", "gigpo"]) == 0
 
 

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from turnwise.chat import byte_chat
@@ -104,6 +105,25 @@ def test_an_equal_place_is_an_equal_state_though_the_picture_differs():
     pictures = [turn.results[0].text for turn in rollout.turns]
     assert pictures[1] != pictures[3]  # (Left) and (Up)
     assert (rollout.stop, len(rollout.turns)) == ("max_turns", 9)
+
+
+def test_large_observations_that_differ_in_one_number_are_two_states():
+    class Field:
+        def __init__(self, mark: int) -> None:
+            self.mark = mark
+
+        def reset(self):
+            return np.where(np.arange(2000) == 1000, self.mark, 0), {}
+
+        def render(self) -> str:
+            return "a field"
+
+    def state(mark: int) -> str:
+        environment = GymEnvironment(Field(mark), Task(id="t", question=""))
+        environment.start()
+        return environment.state_key()
+
+    assert state(1) == state(1) != state(2)
 
 
 def test_a_copy_of_a_lake_goes_on_by_itself():

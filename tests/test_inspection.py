@@ -104,6 +104,20 @@ def test_what_keeps_training_from_starting_is_a_problem(options: dict, tmp_path:
     assert "holds no answer of any task" in problem
 
 
+def test_an_environment_from_elsewhere_has_neither_tags_nor_repeated_questions(tmp_path: Path, checkpoint: Path):
+    module = tmp_path / "world.py"
+    module.write_text(
+        "from turnwise import Task\nfrom turnwise.types import Message\n"
+        "class World:\n def start(self): return (Message(role='user', content='Go.'),)\n def step(self, text): ...\n"
+        "def make(task): return World()\n"
+        "def tasks(split): return [Task(id=split + i, question='', answers=('a' * 10,)) for i in 'ab']\n"
+    )
+    found = inspect_tasks(TrainConfig(policy=str(checkpoint), environment=str(module), max_turn_tokens=12))
+    assert found["duplicates"] is None
+    assert (found["answers"]["tag_tokens"], found["notes"]) == (0, [])
+    assert not any(line.startswith(("duplicates", "tools", "search")) for line in inspection_lines(found))
+
+
 def test_own_tools_are_shown_and_not_searched(options: dict, tmp_path: Path):
     (tmp_path / "tools.py").write_text('def area(width: float) -> float:\n    """Area."""\n    return width\n')
     found = inspect_tasks(TrainConfig(**options, tools=tmp_path / "tools.py"))

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 
+from chats import CODER, template_chat
 from turnwise.background import Gate, lasting_loop
 from turnwise.chat import byte_chat
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
 from turnwise.errors import ConfigError, ToolError
+from turnwise.evaluation import rollout_metrics
+from turnwise.judge import judge_messages
+from turnwise.rewards import score
 from turnwise.rollout import Limits, run_groups, run_tree
 from turnwise.tools import (
     Tool,
@@ -28,7 +32,7 @@ from turnwise.tools import (
     tool,
     tool_mapping,
 )
-from turnwise.types import Action, Task, ToolCall, ToolResult
+from turnwise.types import Action, Task, ToolCall, ToolResult, rollout_from_json
 
 TASK = Task(id="t", question="Which?", answers=("x",), metadata={"page": "first"})
 CHAT = byte_chat()
@@ -514,6 +518,19 @@ def test_an_object_that_cannot_be_closed_is_warned_of():
         asyncio.run(scene())
 
 
+def test_methods_that_are_bound_to_an_object_of_the_module_are_plain_tools(tmp_path: Path):
+    (tmp_path / "t.py").write_text(
+        "class Book:\n"
+        "    def __init__(self): self.pages = ['a', 'b']\n"
+        "    def page(self, number: int) -> str:\n        'A page.'\n        return self.pages[number]\n"
+        "    @staticmethod\n    def last(pages: int) -> int:\n        'The last page.'\n        return pages - 1\n"
+        "TOOLS = [Book().page, Book.last]\n"
+    )
+    tools = load_tools(tmp_path / "t.py")
+    assert called(tools["page"], number=1).text == "b"
+    assert called(tools["last"], pages=3).text == "2"
+
+
 def test_a_method_is_not_called_without_its_object():
     with pytest.raises(ConfigError, match="'visit' must be bound to its object"):
         called(stateful(Browser)[0], url="x")
@@ -525,6 +542,50 @@ def test_no_object_is_made_for_rollouts_that_call_nothing(notebook: dict[str, To
     copy.copy(environment)
     asyncio.run(environment.step("<answer>x</answer>"))
     assert open_notebooks(notebook) == []
+
+
+def test_calls_of_one_native_message_run_at_once_and_are_framed_paid_recorded_and_judged_in_their_order():
+    come: list[int] = []
+
+    @tool(timeout_s=30)
+    async def meet(number: int) -> dict[str, int]:
+        """Waits until three calls have come."""
+        come.append(number)
+        while len(come) < 3:
+            await asyncio.sleep(0.01)
+        return {"met": number}
+
+    def call(name: str, number: object) -> str:
+        return (
+            f"<tool_call>\n<function={name}>\n<parameter=number>\n{number}\n</parameter>\n</function>\n</tool_call>\n"
+        )
+
+    task = Task(id="t", question="Who?", answers=("2",))
+    chat = template_chat(CODER)
+    said = [call("meet", 3) + call("meet", "two") + call("meet", 2) + call("met", 1) + call("meet", 1), "2"]
+    (group,) = asyncio.run(
+        run_groups(
+            [task],
+            lambda task: ToolEnvironment(task, {"meet": meet}, protocol="qwen3-coder"),
+            ScriptedEngine(said, chat),
+            chat,
+            group_size=1,
+            limits=Limits(max_turn_tokens=700, context=5000, max_turns=2),
+        )
+    )
+    rollout = score(task, group[0], protocol="qwen3-coder")
+    turn = rollout.turns[0]
+    texts = [result.text for result in turn.results]
+    assert sorted(come) == [1, 2, 3]  # none of the three could end before all had begun
+    assert [result.error for result in turn.results] == [None, "bad_arguments", None, "unknown_tool", None]
+    assert [texts[0], texts[2], texts[4]] == ['{"met": 3}', '{"met": 2}', '{"met": 1}']
+    reply = chat.decode(turn.reply_ids)
+    assert [reply.index(text) for text in texts] == sorted(reply.index(text) for text in texts)
+    assert dict(rollout.turn_rewards[0]) == {"tool_execution": 0.0, "answer_in_results": 0.5}  # not all ran; one had it
+    assert rollout_metrics(task, rollout, "qwen3-coder")["well_called"] == 3 / 5
+    assert rollout_from_json(rollout.to_json()) == rollout
+    seen = judge_messages("turn", "Score.", task, rollout)[-1]["content"]
+    assert all(f'met\\": {number}' in seen for number in (3, 2, 1))
 
 
 def test_a_thousand_rollouts_wait_for_their_tools_at_the_same_time():

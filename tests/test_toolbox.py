@@ -185,6 +185,15 @@ def test_isolated_code_has_no_rights_and_none_of_the_environment(monkeypatch: py
     assert ran(mount).text == "-1\n"
 
 
+@needs_isolation
+def test_isolated_code_has_at_most_so_many_processes_also_where_root_runs_it():
+    code = (
+        "import os, time\nstarted = 0\ntry:\n    while started < 100:\n        if os.fork() == 0:\n"
+        "            time.sleep(60)\n        started += 1\nexcept OSError:\n    print(started)\n"
+    )
+    assert int(ran(code).text) < jail.PROCESSES
+
+
 def test_where_namespaces_are_refused_nothing_has_run():
     """A process in which unshare fails: the jail says so with its own exit code."""
     script = (

@@ -1,6 +1,8 @@
 """Tools: schemas from signatures, argument checks, failures as observations, tools from a file."""
 
 import asyncio
+import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -280,6 +282,28 @@ def test_long_results_and_long_errors_are_cut_at_a_word():
     assert echoed("Nairobi is inside Kenya.") == "Nairobi is inside …"
     assert echoed("!Nairobi is in Kenya") == "Error: !Nairobi is …"
     assert echoed("lone \ud800 half") == "lone ? half"
+
+
+def test_a_long_result_without_words_is_kept_up_to_the_cap():
+    assert capped('{"page": "' + "A" * 500, 200) == '{"page": "' + "A" * 188 + CUT_MARK
+
+
+def test_what_json_cannot_write_stays_out_of_the_schema():
+    nothing = object()
+
+    def find(query: str, key: Any = nothing, most: float = math.inf) -> str:
+        """Finds."""
+        return f"{query} {most}"
+
+    def pick(one: Literal[b"a"]) -> str:
+        """Picks."""
+        return str(one)
+
+    parameters = tool(find).parameters
+    assert json.loads(json.dumps(parameters, allow_nan=False)) == parameters
+    assert parameters["required"] == ["query"]
+    with pytest.raises(ConfigError, match=r"must be str, int, .* or a union of them; got typing.Literal\[b'a'\]"):
+        tool(pick)
 
 
 @settings(deadline=None)

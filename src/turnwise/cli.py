@@ -362,7 +362,7 @@ def _train(config: Any, *, resume: bool, given: Sequence[str]) -> int:
         print(f"The run is in {result.out}. What next:")
         print(f"  turnwise report {result.out}")
         print(f"  turnwise eval {result.out}")
-        asked = '"What is the capital of Kenya?"' if config.environment is None else "3"
+        asked = '"What is the capital of Kenya?"' if config.environment is None else "TASK"
         print(f"  turnwise ask {result.out} {asked}")
         return 0
     print(f"Stopped after step {result.steps} of {total}; nothing is lost. To go on:")
@@ -619,7 +619,7 @@ def evaluate(
     """Measure a run's policy on questions, or any model behind an OpenAI-compatible endpoint, with intervals.
 
     Args:
-        run: A run directory, a checkpoint folder, or "embedded"; with --endpoint also a file of options.
+        run: A run directory, a checkpoint folder, "embedded", or a file of options, whose policy is not trained yet.
         tasks: "atlas", "atlas-two-hop" or a file of questions; by default the run's own.
         split: Which of them; by default the atlas's test split, or a file's validation questions.
         mode: Take the most probable tokens, or draw them as in training; by default greedy, with --samples sampled.
@@ -728,7 +728,8 @@ def ask(
 
     Args:
         run: A run directory, a checkpoint folder, or "embedded".
-        question: The question; in an environment of seeds the seed, in one of games the game's name.
+        question: The question; in an environment of seeds the seed, in one of games the game's name, in a module's
+            the id or question of one of its tasks, or another question.
         corpus: What to search instead of the run's corpus: "atlas", a JSON-lines file, or a folder.
         mode: Take the most probable tokens, or draw them as in training.
         checkpoint: The run's best by validation, or its last.
@@ -745,8 +746,9 @@ def ask(
     from turnwise.evaluation import elsewhere, make_engine, rollout_limits, run_policy
     from turnwise.report.text import visible
     from turnwise.rollout import run_rollout
-    from turnwise.setting import environment_source, make_tools
-    from turnwise.types import Task
+    from turnwise.setting import environment_source, make_tools, played_protocol
+    from turnwise.toolbox.sources import source_names
+    from turnwise.types import Message, Task
 
     if not question.strip():
         raise InputError("the question must not be blank; got none; ask something")
@@ -754,13 +756,19 @@ def ask(
     policy, config = run_policy(run, checkpoint)
     config = elsewhere(config, environment, max_turns)
     if corpus:
-        config = dataclasses.replace(config, corpus=corpus, tools=None)
+        others = config.tools if "search" in source_names(config.tools) else None
+        config = dataclasses.replace(config, corpus=corpus, tools=others)
+    config = dataclasses.replace(config, protocol=played_protocol(config))
     source = environment_source(config)
 
     def watch(text: str, step: Step) -> None:
         nonlocal turns
         turns += 1
         console.print(turn_panel(turns, text, step))
+
+    def begin(messages: tuple[Message, ...]) -> None:
+        for message in messages if source else ():
+            console.print(Text(visible(message.content), style="dim" if message.role == "system" else ""))
 
     if source:
         task = source.task_of(question)
@@ -772,7 +780,7 @@ def ask(
     rollout = asyncio.run(
         run_rollout(
             task,
-            Watched(playing, watch),
+            Watched(playing, watch, begin),
             make_engine(policy),
             policy.chat,
             limits=rollout_limits(config, policy),

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from turnwise.chat import call_id
 from turnwise.endpoint import Client, EndpointFailure, Reply
-from turnwise.env import Environment, Step, closed, started
+from turnwise.env import Environment, Step, closed, started, stepped
+from turnwise.errors import described
 from turnwise.protocols import TagProtocol, said_text
-from turnwise.rollout import MakeEnvironment, described, finite_rewards, rollout_seed, together
+from turnwise.rollout import MakeEnvironment, finite_rewards, rollout_seed, together
 from turnwise.types import Action, Message, Rollout, Stop, Task, ToolCall, Turn
 
 
@@ -117,10 +118,10 @@ async def run_dialogue(
             step = Step(action=Action(), stop="max_tokens")
             if not said.cut:
                 try:
-                    step = await environment.step(said.text)
+                    step = await stepped(environment, said.text)
                 except Exception as failure:  # whatever a user's environment raises is a fact about this rollout
                     step, error = Step(action=Action(), stop="error"), described(failure)
-            stop, success = step.stop, step.success
+            stop, success = step.stop, success if step.success is None else step.success
             messages += [said.message, *step.reply]
             turns.append(_turn(said.text, step))
     except EndpointFailure as failure:

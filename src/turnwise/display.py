@@ -7,7 +7,7 @@ character of theirs reaches the terminal.
 import contextlib
 import itertools
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.box import SIMPLE_HEAD
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turnwise.designs import STATES, Progress
-from turnwise.env import Environment, Step, closed
+from turnwise.env import Environment, Step, closed, started, stepped
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
 
@@ -346,19 +346,27 @@ def _measure(measure: "Measure | None") -> str:
 
 
 class Watched:
-    """An environment that tells `watch` about every message and what came of it, as it happens."""
+    """An environment that tells `begin` its first messages, and `watch` every message and what came of it."""
 
-    def __init__(self, environment: Environment, watch: Callable[[str, Step], None]) -> None:
+    def __init__(
+        self,
+        environment: Environment,
+        watch: Callable[[str, Step], None],
+        begin: Callable[[tuple[Message, ...]], None] = lambda messages: None,
+    ) -> None:
         self._environment = environment
         self._watch = watch
+        self._begin = begin
 
-    def start(self) -> tuple[Message, ...] | Awaitable[tuple[Message, ...]]:
-        """The environment's first messages."""
-        return self._environment.start()
+    async def start(self) -> tuple[Message, ...]:
+        """The environment's first messages, once `begin` has seen them."""
+        messages = await started(self._environment)
+        self._begin(messages)
+        return messages
 
     async def step(self, text: str) -> Step:
         """The environment's reaction, once `watch` has seen it."""
-        step = await self._environment.step(text)
+        step = await stepped(self._environment, text)
         self._watch(text, step)
         return step
 
@@ -383,9 +391,11 @@ def turn_panel(number: int, text: str, step: Step) -> Table:
         rows.append(("answer", action.answer, "bold green"))
     if step.rewards:
         rows.append(("rewards", ", ".join(f"{name} {value:g}" for name, value in step.rewards.items()), "cyan"))
-    if step.success is not None:
+    if step.stop and step.success is not None:
         rows.append(("success", "yes" if step.success else "no", "bold green" if step.success else "red"))
-    if step.stop == "max_turns" and not step.results:
+    if not step.results:
+        rows += [("reply", message.content, "") for message in step.reply]
+    if step.stop == "max_turns" and action.num_calls and not step.results:
         rows.append(("stop", "the last turn must answer; its calls were not executed", "red"))
     table = Table.grid(padding=(0, 2))
     for i, (name, content, style) in enumerate(rows):

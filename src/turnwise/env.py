@@ -5,9 +5,9 @@ import copy
 import dataclasses
 import inspect
 import random
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from turnwise.errors import ConfigError
 from turnwise.protocols import ProtocolName, opening, protocol_named, read_message, reply_messages
@@ -32,7 +32,7 @@ class Step:
     rewards: Mapping[str, float] = field(default_factory=dict)
     """What the environment itself pays for the message, by name, such as `environment`; absent is not 0."""
     success: bool | None = None
-    """At the end: whether the environment says that the task is solved; None where it does not say."""
+    """Whether the task is solved as things stand; None where the environment does not say. A rollout has the last."""
 
     @property
     def result(self) -> ToolResult | None:
@@ -55,7 +55,7 @@ class Environment(Protocol):
         """The messages that the policy sees before its first turn."""
         ...
 
-    async def step(self, text: str) -> Step:
+    def step(self, text: str) -> Step | Awaitable[Step]:
         """The environment's reaction to the policy's next message."""
         ...
 
@@ -63,13 +63,41 @@ class Environment(Protocol):
 def forked(environment: Environment) -> Environment:
     """A copy of an environment as it stands, which goes on by itself."""
     fork = getattr(environment, "fork", None)
-    return copy.deepcopy(environment) if fork is None else fork()
+    with _staying():
+        return copy.deepcopy(environment) if fork is None else fork()
 
 
 async def started(environment: Environment) -> tuple[Message, ...]:
-    """An environment's first messages, awaited where they must be."""
-    messages = environment.start()
-    return await messages if inspect.isawaitable(messages) else messages
+    """An environment's first messages, awaited where they must be. TypeError where it says anything else."""
+    with _staying():
+        messages: Any = environment.start()
+        messages = await messages if inspect.isawaitable(messages) else messages
+    if not (isinstance(messages, list | tuple) and all(isinstance(message, Message) for message in messages)):
+        raise TypeError(f"start() must return a tuple of Message records; got {_shown(messages)}")
+    return tuple(messages)
+
+
+async def stepped(environment: Environment, text: str) -> Step:
+    """An environment's answer to a message, awaited where it must be. TypeError where it is no `Step`."""
+    with _staying():
+        step: Any = environment.step(text)
+        step = await step if inspect.isawaitable(step) else step
+    if not isinstance(step, Step):
+        raise TypeError(f"step() must return a Step; got {_shown(step)}")
+    return step
+
+
+@contextlib.contextmanager
+def _staying() -> Iterator[None]:
+    """An environment that calls exit() has failed; it must not end the training."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"it called exit({error.code!r})") from error
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 async def closed(environment: Environment) -> None:
@@ -107,7 +135,7 @@ class TurnLimit:
 
     async def step(self, text: str) -> Step:
         """The environment's step, the last one if it is the last that is granted."""
-        step = await self._environment.step(text)
+        step = await stepped(self._environment, text)
         self._turns_left -= 1
         return step if step.stop or self._turns_left > 0 else dataclasses.replace(step, stop="max_turns", reply=())
 

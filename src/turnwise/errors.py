@@ -34,6 +34,11 @@ class ToolError(TurnwiseError):
     """A tool could not do what it was asked; the agent sees the text as an error result."""
 
 
+def described(error: BaseException) -> str:
+    """An exception's class and text on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """A ConfigError for a name that is none of `known`, with the nearest of them."""
     names = sorted(known)

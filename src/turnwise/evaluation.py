@@ -34,7 +34,7 @@ from turnwise.engine import Engine, PolicyEngine
 from turnwise.engines.hf import HFEngine
 from turnwise.engines.vllm import VLLMEngine
 from turnwise.env import closed, started
-from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
+from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, described, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.protocols import NATIVE, ProtocolName, protocol_named
@@ -157,9 +157,9 @@ def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName |
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Each name's values, of the rows that have it."""
+    """Each name's values, of the rows that have it; where some are solved, those that do not say so are not."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: [row.get(name, 0.0) for row in rows if name in row or name == "success"] for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,16 +374,16 @@ def evaluate(
 ) -> Evaluation:
     """How well a policy answers questions, with bootstrap intervals.
 
-    `run` is a run directory, a checkpoint folder, "embedded" or "embedded-search"; it plays with its run's tools and
-    rewards. `tasks` are questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which
-    `split` chooses (by default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced.
+    `run` is a run directory, a checkpoint folder, a file of options (whose policy plays before any training),
+    "embedded" or "embedded-search"; it plays with its run's tools and rewards. `tasks` are questions, a file of them,
+    "atlas" or "atlas-two-hop"; by default those of the run, of which `split` chooses (by default "test" of the atlas
+    and "validation" of a file). `limit` takes that many, evenly spaced.
     A run's judge is asked too, unless `judge` is False. With `environment` it plays there instead, see
     `docs/environments.md`, on that environment's tasks, and for `max_turns` turns where that is given. Raises RunError
     where every rollout failed.
 
     Each question is played `samples` times; `pass_at` names the k of pass@k. `engine` and `max_turn_tokens` replace the
-    run's own. With `endpoint`, the model there plays in the place of the run's policy, and `run` may also be a file of
-    options.
+    run's own. With `endpoint`, the model there plays in the place of the run's policy.
     """
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
     _check_samples(samples, pass_at, mode)
@@ -414,7 +414,8 @@ def evaluate(
         check_prompts(setting, policy, limits)
         engines = make_engines(policy, config)
         pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, **how)
-    evaluation = summarised(name or called, mode, pairs, config.tag_protocol, pass_at=pass_at, endpoint=costs)
+    protocol = setting.config.tag_protocol
+    evaluation = summarised(name or called, mode, pairs, protocol, pass_at=pass_at, endpoint=costs)
     if not evaluation.metrics:
         mended = "endpoint or the tools" if endpoint else "environment" if config.environment else "tools"
         raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the {mended}")
@@ -515,21 +516,19 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     """A run's policy and configuration.
 
     Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, a model of the hub, and
-    "embedded", the default one; of "embedded-search", that of an agent that searches several times. Raises InputError
-    or RunError where there is no such run or it has no such checkpoint.
+    "embedded", the default one; of "embedded-search", that of an agent that searches several times. Of a file of
+    options, the policy that training would start from. Raises InputError or RunError where there is no such run or it
+    has no such checkpoint.
     """
     _check_names(checkpoint=checkpoint)
     folder = Path(run)
-    if str(run) in EMBEDDED:
-        return load_policy(run), _embedded_config(str(run))
-    if is_hub_name(run):
-        config = TrainConfig(policy=str(run))
-        return place(load_policy(run), config), config
+    if str(run) in EMBEDDED or is_hub_name(run) or folder.is_file():
+        config = TrainConfig(policy=str(run)) if is_hub_name(run) else run_config(run)
+        return place(load_policy(config.start), config), config
     if not folder.is_dir():
         raise InputError(
-            f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "
-            "directory; "
-            "check the path"
+            f"a run must be a run directory, a checkpoint folder, a file of options or {' or '.join(EMBEDDED)}; "
+            f"{str(run)!r} is none; check the path"
         )
     if is_run(folder):
         best = checkpoint == "best" and (folder / "best").is_dir()
@@ -734,9 +733,9 @@ async def opening(setting: Setting, task: Task) -> tuple[Message, ...]:
     except Exception as error:
         if setting.source is None:
             raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
-            f"the environment {setting.source.name} must start; got {text} for task {task.id!r}; mend it, or the task"
+            f"the environment {setting.source.name} must start; got {described(error)} for task {task.id!r}; mend it, "
+            "or the task"
         ) from error
     finally:
         await closed(environment)

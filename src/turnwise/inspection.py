@@ -33,6 +33,7 @@ from turnwise.setting import (
     played_protocol,
 )
 from turnwise.tasks import TaskSource, answered_in, read_tasks
+from turnwise.toolbox.sources import source_names
 from turnwise.tools import call_tool
 from turnwise.types import Task, ToolCall, ToolResult
 
@@ -73,7 +74,7 @@ def inspect_tasks(config: TrainConfig) -> Found:
     found: Found = {
         "sources": {name: _source_facts(source) for name, source in sources.items()},
         "faults": [fault for source in sources.values() for fault in source.faults],
-        "duplicates": _duplicates(train, validation),
+        "duplicates": None if elsewhere else _duplicates(train, validation),
         "tokens": {
             "context": limits.context,
             "max_turns": limits.max_turns,
@@ -92,7 +93,7 @@ def inspect_tasks(config: TrainConfig) -> Found:
 
 def _searches(config: TrainConfig) -> bool:
     """Whether the search tool over the configured corpus is among the tools."""
-    return config.environment is None and "search" in (config.tools or "search").split(",")
+    return config.environment is None and "search" in source_names(config.tools)
 
 
 def _sources(config: TrainConfig, elsewhere: Source | None) -> dict[str, TaskSource]:
@@ -162,7 +163,7 @@ def _wording(task: Task) -> str:
 def _answer_facts(tasks: Sequence[Task], chat: Chat, config: TrainConfig) -> Found:
     """Tokens of each task's shortest accepted answer, alone and in its tags, against those of a turn."""
     shortest = [min(len(chat.encode_text(answer)) for answer in t.answers) for t in tasks if t.answers]
-    tag = protocol_named(config.protocol).answering
+    tag = protocol_named(config.tag_protocol).answering if config.tag_protocol else None
     tags = len(chat.encode_text(f"<{tag}>\n\n</{tag}>")) if tag else 0
     return {
         "without": sum(not task.answers for task in tasks),
@@ -251,12 +252,13 @@ def _notes(found: Found) -> list[str]:
     """What makes training teach less than it could."""
     double, answers, search = found["duplicates"], found["answers"], found["search"]
     said = []
-    if double["shared"]:
+    if double and double["shared"]:
         said.append(f"{double['shared']} validation questions are asked in training too, in the same words")
-    if double["train"] or double["validation"]:
+    if double and (double["train"] or double["validation"]):
         said.append(f"{double['train'] + double['validation']} questions come again in their own part")
     if answers["too_long"]:
-        said.append(f"{answers['too_long']} tasks have no answer that fits a turn in its tags; raise --max-turn-tokens")
+        tags = " in its tags" if answers["tag_tokens"] else ""
+        said.append(f"{answers['too_long']} tasks have no answer that fits a turn{tags}; raise --max-turn-tokens")
     if search and 0 < search["answer_in_corpus"] < 1:
         said.append(f"{1 - search['answer_in_corpus']:.1%} of the tasks have no answer in the corpus")
     room = found["tokens"]["left_for_results"]
@@ -290,21 +292,30 @@ def inspection_lines(found: Found) -> list[str]:
             f"{_span(tokens['left_for_results'])} tokens beside {tokens['max_turns']} turns of "
             f"{tokens['max_turn_tokens']}",
         ),
-        _row("answers", f"{_span(answers['tokens'])} tokens the shortest accepted, {answers['tag_tokens']} its tags"),
-        _row("accepted", f"{_span(answers['accepted'])} answers a task; {answers['without']:,} tasks without"),
-        _row(
-            "duplicates",
-            f"{double['train']:,} in train, {double['validation']:,} in validation, {double['shared']:,} in both",
-        ),
-        *(f"    {one_line(question)}" for question in double["examples"]),
     ]
+    if answers["tokens"]:
+        lines += [
+            _row(
+                "answers", f"{_span(answers['tokens'])} tokens the shortest accepted, {answers['tag_tokens']} its tags"
+            ),
+            _row("accepted", f"{_span(answers['accepted'])} answers a task; {answers['without']:,} tasks without"),
+        ]
+    if double:
+        lines.append(
+            _row(
+                "duplicates",
+                f"{double['train']:,} in train, {double['validation']:,} in validation, {double['shared']:,} in both",
+            )
+        )
+        lines += [f"    {one_line(question)}" for question in double["examples"]]
     if search:
         lines += [
             _row("search", f"{search['answer_in_results']:.1%} of {search['asked']:,} bare questions bring an answer"),
             _row("corpus", f"{search['answer_in_corpus']:.1%} of the tasks have an answer somewhere in it"),
             _row("results", f"{_span(search['result_tokens'])} tokens of {search['articles_per_search']} article(s)"),
         ]
-    lines.append(_row("tools", ", ".join(found["tools"])))
+    if found["tools"]:
+        lines.append(_row("tools", ", ".join(found["tools"])))
     lines += [f"note: {one_line(note)}" for note in found["notes"]]
     lines += [f"problem: {one_line(problem)}" for problem in found["problems"]]
     return lines

@@ -15,8 +15,8 @@ import numpy as np
 
 from turnwise.chat import Chat
 from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
-from turnwise.env import Environment, Step, closed, forked, seeded, started, state_of
-from turnwise.errors import ConfigError, InputError
+from turnwise.env import Environment, Step, closed, forked, seeded, started, state_of, stepped
+from turnwise.errors import ConfigError, InputError, described
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
 T = TypeVar("T")
@@ -131,9 +131,10 @@ class _Player:
             line.stop = "max_tokens"
         else:
             try:
-                step = await line.environment.step(text)
+                step = await stepped(line.environment, text)
                 rewards, line.state = finite_rewards(step.rewards), state_of(line.environment)
-                line.stop, line.success = step.stop, step.success
+                line.stop = step.stop
+                line.success = line.success if step.success is None else step.success
             except Exception as failure:
                 line.stop, line.error = "error", described(failure)
         if line.stop is None:
@@ -333,11 +334,6 @@ def reply_room(chat: Chat, limits: Limits, used: int, turns: int) -> int:
     """
     to_come = max(1, limits.max_turns - turns)
     return limits.context - used - to_come * limits.max_turn_tokens - (to_come - 1) * chat.empty_reply_length
-
-
-def described(failure: Exception) -> str:
-    """An exception's class and text on one line."""
-    return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
 def finite_rewards(rewards: Mapping[str, float]) -> dict[str, float]:

@@ -141,7 +141,7 @@ def make_tools(config: TrainConfig, tasks: Sequence[Task]) -> Mapping[str, Tool]
             check_answers_in_corpus(tasks, (article.text for article in load_corpus(config.corpus)))
         return search_tool(index, k=config.search_results, cap=config.result_chars)
 
-    tools = named_tools(config.tools or "search", search)
+    tools = named_tools(config.tools, search)
     protocol_named(config.protocol).check_tools(tools)
     if config.branches:
         check_forkable(tools)

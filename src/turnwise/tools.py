@@ -36,6 +36,8 @@ ERROR_PREFIX = "Error: "
 """How the text of every failed call begins."""
 CUT_MARK = " …"
 """How a text that was cut to a cap ends."""
+LONGEST_WORD = 80
+"""Most characters that are given up to cut a text at the end of a word."""
 ERROR_CAP = 400
 """Most characters of an error's text where no tool's own cap applies."""
 TIMEOUT_S = 60.0
@@ -275,7 +277,8 @@ def _parameters(function: Callable[..., Any], texts: Mapping[str, str]) -> Schem
         ) from error
     properties: dict[str, Schema] = {}
     required: list[str] = []
-    for parameter in list(inspect.signature(function).parameters.values())[_is_method(function) :]:
+    given = list(inspect.signature(function).parameters.values())
+    for parameter in given[1:] if _is_method(function, given, hints) else given:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(
                 f"tool {name!r} must take named parameters only; got {str(parameter)!r}; write each parameter out"
@@ -290,15 +293,29 @@ def _parameters(function: Callable[..., Any], texts: Mapping[str, str]) -> Schem
             schema["description"] = texts[parameter.name]
         if parameter.default is parameter.empty:
             required.append(parameter.name)
-        else:
+        elif _is_json(parameter.default):
             schema["default"] = parameter.default
         properties[parameter.name] = schema
     return {"type": "object", "properties": properties, "required": required}
 
 
-def _is_method(function: Callable[..., Any]) -> bool:
-    """Whether a function is defined in a class, so that its first parameter is the object."""
-    return function.__qualname__.rpartition(".")[0].rpartition(".")[2] not in ("", "<locals>")
+def _is_method(function: Callable[..., Any], given: list[inspect.Parameter], hints: Mapping[str, Any]) -> bool:
+    """Whether a function's first parameter is the object of the class that it is defined in.
+
+    It is not in a method that is bound to its object already, nor in a static one, whose first parameter has a type.
+    """
+    in_class = function.__qualname__.rpartition(".")[0].rpartition(".")[2] not in ("", "<locals>")
+    if not in_class or inspect.ismethod(function) or not given:
+        return False
+    return given[0].name == "self" or given[0].name not in hints
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _type_schema(hint: Any, where: str) -> Schema:
@@ -310,7 +327,7 @@ def _type_schema(hint: Any, where: str) -> Schema:
         return {}
     if hint is type(None):
         return {"type": "null"}
-    if origin is Literal:
+    if origin is Literal and all(map(_is_json, arguments)):
         return {"enum": list(arguments)}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [_type_schema(a, where) for a in arguments]}
@@ -433,14 +450,14 @@ def error_result(error: str, text: str, *, cap: int = ERROR_CAP, duration_s: flo
 
 
 def capped(text: str, cap: int) -> str:
-    """`text` in at most `cap` characters: cut at a word border, the cut marked by ` …`."""
+    """`text` in at most `cap` characters: cut at a word border, if one is near, the cut marked by ` …`."""
     if len(text) <= cap:
         return text
     room = cap - len(CUT_MARK)
     kept = text[:room]
     if not text[room].isspace():
         words = re.match(r"(?s)(.*\S)\s", kept)
-        kept = words[1] if words else kept
+        kept = words[1] if words and room - len(words[1]) <= LONGEST_WORD else kept
     return kept.rstrip() + CUT_MARK
 
 

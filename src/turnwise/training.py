@@ -5,9 +5,8 @@ import dataclasses
 import itertools
 import json
 import signal
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -186,6 +185,14 @@ JUDGED_BY = ("exact_match", "success", "environment_return")
 """By which metric of a validation the best checkpoint is chosen: the first that there is."""
 
 
+def rating(validation: Mapping[str, float]) -> tuple[int, float]:
+    """How good a validation is: what has an earlier metric of `JUDGED_BY` is better whatever the numbers."""
+    for rank, name in enumerate(JUDGED_BY):
+        if name in validation:
+            return -rank, validation[name]
+    return -len(JUDGED_BY), 0.0
+
+
 def start_policy(config: TrainConfig) -> Policy:
     """The policy that a run begins with, with a fresh adapter where LoRA is asked for."""
     policy = load_policy(config.start)
@@ -225,7 +232,7 @@ class _Run:
         self.reference = self._reference()
         self.step = 0
         self.saved_step = 0
-        self.best = -sys.float_info.max
+        self.best = rating({})
         self.validation: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
@@ -282,7 +289,8 @@ class _Run:
         self.critic = self._critic()
         if self.critic:
             load_critic(self.critic, folder)
-        self.step, self.best, self.wall_s = state["step"], state["best"], state["wall_s"]
+        self.step, self.wall_s = state["step"], state["wall_s"]
+        self.best = state.get("best_rank", 0), state["best"]  # earlier checkpoints have the number alone
         self.validation = state["validation"]
         self.sampled_tokens = state.get("sampled_tokens", 0)  # earlier checkpoints have no count, and no budget
         self.drawn_tasks = state.get("drawn_tasks", self.step * self.config.tasks_per_step)
@@ -435,8 +443,8 @@ class _Run:
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
         self.validation = {**mean_metrics(pairs, self.config.tag_protocol), **judge_metrics(pairs)}
         self._log(self.validation, display, split="validation")
-        found = next((self.validation[name] for name in JUDGED_BY if name in self.validation), None)
-        if found is not None and found > self.best:
+        found = rating(self.validation)
+        if found > self.best:
             self.best = found
             save_best(self.config.out, self.policy)
 
@@ -468,7 +476,8 @@ class _Run:
             return
         self.saved_step = self.step
         state = {
-            "best": self.best,
+            "best_rank": self.best[0],
+            "best": self.best[1],
             "wall_s": self.wall_s,
             "validation": self.validation,
             "sampled_tokens": self.sampled_tokens,

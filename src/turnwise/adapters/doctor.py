@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from turnwise.errors import unknown_name
+from turnwise.errors import described, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ def run_check(check: Check) -> Finding:
     try:
         return check()
     except (Exception, SystemExit) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        text = described(error)[:300]
         title = (check.__doc__ or check.__name__).splitlines()[0]
         return Finding(what=f"{title} Failed: {text}", fix="report this, with the output of `pip freeze`")
 

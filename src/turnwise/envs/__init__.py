@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turnwise.env import Environment
-from turnwise.envs.source import Source, Split, describe
-from turnwise.errors import ConfigError, InputError
+from turnwise.envs.source import FIRST_SEEDS, Source, Split
+from turnwise.errors import ConfigError, InputError, described
 from turnwise.tools import load_module
 from turnwise.types import Task
 
@@ -79,9 +79,15 @@ def _module_source(path: str) -> Source:
         name=path,
         make=made,
         tasks=None if tasks is None else lambda split: _own_tasks(path, tasks, split),
-        task_of=lambda text: Task(id="question", question=text),
+        task_of=lambda text: _asked(path, tasks, text),
         rewards=tuple(rewards),
     )
+
+
+def _asked(path: str, tasks: Callable[[Split], Any] | None, text: str) -> Task:
+    """The module's task of that id or question, else a question of its own."""
+    own = (task for split in FIRST_SEEDS for task in (_own_tasks(path, tasks, split) if tasks else ()))
+    return next((t for t in own if text.strip() in (t.id, t.question.strip())), Task(id="question", question=text))
 
 
 def _check_takes_one(path: str, name: str, argument: str, function: Callable[..., Any]) -> None:
@@ -97,7 +103,7 @@ def _own_tasks(path: str, tasks: Callable[[Split], Any], split: Split) -> Sequen
     try:
         found = list(tasks(split))
     except (Exception, SystemExit) as error:
-        raise InputError(f"tasks({split!r}) in {path} must not fail; got {describe(error)}; correct it") from error
+        raise InputError(f"tasks({split!r}) in {path} must not fail; got {described(error)}; correct it") from error
     if not all(isinstance(task, Task) for task in found):
         raise InputError(f"tasks({split!r}) in {path} must be turnwise.Task records; got {found[0]!r}; return those")
     return found

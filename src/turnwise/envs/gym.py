@@ -8,15 +8,17 @@ Anything with these two methods will do; gymnasium itself is imported only to ma
 
 import copy
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from turnwise.env import Step
 from turnwise.envs.source import (
     SEEDS,
     Source,
     asked_seed,
-    describe,
     first_messages,
     missing_package,
     read_action,
@@ -26,7 +28,7 @@ from turnwise.envs.source import (
     step_of,
     whole_option,
 )
-from turnwise.errors import ConfigError, InputError
+from turnwise.errors import ConfigError, InputError, described
 from turnwise.types import Message, Stop, Task
 
 FLAGS = ("success", "is_success", "won")
@@ -82,8 +84,9 @@ class GymEnvironment:
         return step_of(action, self._shown(), stop=stop, reward=reward, success=success)
 
     def state_key(self) -> str:
-        """The observation itself."""
-        return repr(self._observation)
+        """The observation itself, arrays whole."""
+        with np.printoptions(threshold=sys.maxsize, floatmode="unique"):
+            return repr(self._observation)
 
     def fork(self) -> "GymEnvironment":
         """A copy of the environment as it stands."""
@@ -140,7 +143,7 @@ def gym_source(rest: str) -> Source:
                 return gymnasium.make(name, disable_env_checker=True, render_mode="ansi", **options)
         except (gymnasium.error.Error, TypeError, ImportError) as error:
             raise InputError(
-                f"gym:{name} must name an environment; got {describe(error)}; check id and options"
+                f"gym:{name} must name an environment; got {described(error)}; check id and options"
             ) from error
         raise InputError(
             f"gym:{name} must have observations of text, or a rendering as text (ansi); it has neither; wrap it in a "

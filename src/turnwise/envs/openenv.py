@@ -11,7 +11,6 @@ from turnwise.envs.source import (
     SEEDS,
     Source,
     asked_seed,
-    describe,
     first_messages,
     missing_package,
     read_action,
@@ -21,7 +20,7 @@ from turnwise.envs.source import (
     step_of,
     whole_option,
 )
-from turnwise.errors import ConfigError, InputError
+from turnwise.errors import ConfigError, InputError, described
 from turnwise.types import Message, Task
 
 TIMEOUT_S = 60.0
@@ -169,5 +168,5 @@ def _action_fields(url: str, timeout_s: float) -> tuple[dict[str, dict[str, Any]
         return properties, [name for name in action.get("required", ()) if name in properties]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{url} must be an OpenEnv server that tells its schema; got {describe(error)}; start it, or check the URL"
+            f"{url} must be an OpenEnv server that tells its schema; got {described(error)}; start it, or check the URL"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from turnwise.env import Environment, Step, TurnLimit
-from turnwise.errors import ConfigError, InputError, TurnwiseError, unknown_name
+from turnwise.errors import ConfigError, InputError, TurnwiseError, described, unknown_name
 from turnwise.types import Action, Message, Stop, Task, ToolCall, ToolResult
 
 Split = Literal["train", "validation", "test"]
@@ -45,15 +45,10 @@ class Source:
             raise
         except (Exception, SystemExit) as error:
             raise InputError(
-                f"the environment {self.name} must be made for every task; got {describe(error)} for task {task.id!r}; "
-                "correct it, or the task"
+                f"the environment {self.name} must be made for every task; got {described(error)} for task "
+                f"{task.id!r}; correct it, or the task"
             ) from error
         return TurnLimit(made, max_turns)
-
-
-def describe(error: BaseException) -> str:
-    """An exception's class and text on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def missing_package(package: str) -> InputError:
@@ -160,5 +155,5 @@ def step_of(
         reply=() if stop else (Message(role="user", content=observation),),
         stop=stop,
         rewards={**paid, **(rewards or {})},
-        success=success if stop else None,
+        success=success,
     )

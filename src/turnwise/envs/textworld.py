@@ -16,7 +16,6 @@ from turnwise.envs.source import (
     Source,
     Split,
     asked_seed,
-    describe,
     first_messages,
     missing_package,
     read_action,
@@ -26,7 +25,7 @@ from turnwise.envs.source import (
     step_of,
     whole_option,
 )
-from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.errors import ConfigError, InputError, RunError, described
 from turnwise.search import default_cache
 from turnwise.types import Message, Task
 
@@ -136,7 +135,7 @@ def make_game(seed: int, *, rooms: int = 3, objects: int = 4, quest: int = 3, qu
     except Exception as error:
         raise InputError(
             f"a game of {rooms} rooms, {objects} objects and {quests} quests of {quest} commands must be possible; got "
-            f"{describe(error)}; ask for another"
+            f"{described(error)}; ask for another"
         ) from error
     finally:
         shutil.rmtree(workshop, ignore_errors=True)

@@ -19,12 +19,14 @@ from turnwise.report import curves, transcripts
 from turnwise.report.data import Run
 from turnwise.report.tables import (
     COLUMNS,
+    PLAIN,
     Cell,
     Row,
+    columns_of,
     estimator_order,
     estimator_title,
+    number_text,
     paper_table,
-    percent,
     table_notes,
 )
 from turnwise.report.text import escaped, one_line
@@ -116,11 +118,12 @@ def _tables(rows: Sequence[Row], styles: dict[str, int]) -> str:
     out = []
     for population in dict.fromkeys(row.population for row in rows):
         caption = escaped(one_line(population).capitalize())
-        head = "".join(f'<th scope="col">{escaped(title)}</th>' for title in COLUMNS.values())
+        columns = columns_of([row for row in rows if row.population == population])
+        head = "".join(f'<th scope="col">{escaped(COLUMNS[metric])}</th>' for metric in columns)
         body = "".join(
             f'<tr><th scope="row">{curves.swatch(styles[r.estimator])}{escaped(r.title)}</th>'
             f'<td class="seeds">{len(r.seeds)}</td>'
-            f"{''.join(_cell(r.cells[m], m, styles[r.estimator]) for m in COLUMNS)}</tr>"
+            f"{''.join(_cell(r.cells[m], m, styles[r.estimator]) for m in columns)}</tr>"
             for r in rows
             if r.population == population
         )
@@ -137,13 +140,17 @@ def _cell(cell: Cell | None, metric: str, style: int) -> str:
     if cell is None:
         return f'<td data-label="{name}"><span class="num">–</span></td>'
     low, mean, high = (min(100.0, max(0.0, 100 * v)) for v in (cell.low, cell.mean, cell.high))
-    spread = f"{percent(cell.low)} to {percent(cell.high)}" if cell.num_runs > 1 else "one run"
-    return (
-        f'<td data-label="{name}"><span class="num">{percent(cell.mean)}</span>'
+    spread = "one run"
+    if cell.num_runs > 1:
+        spread = f"{number_text(metric, cell.low)} to {number_text(metric, cell.high)}"
+    bar = (
         f'<svg class="bar s{style}" viewBox="-3 0 106 8" aria-hidden="true">'
         f'<path class="track" d="M0 4H100"/><path class="spread" d="M{low:.1f} 4H{high:.1f}"/>'
         f'<circle cx="{mean:.1f}" cy="4" r="3"/></svg>'
-        f'<span class="spread">{spread}</span></td>'
+    )
+    return (
+        f'<td data-label="{name}"><span class="num">{number_text(metric, cell.mean)}</span>'
+        f'{"" if metric == PLAIN else bar}<span class="spread">{spread}</span></td>'
     )
 
 

@@ -3,7 +3,7 @@
 Rates stand as rates (1 = always), not multiplied by the reward's weight as in the paper.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,15 @@ COLUMNS = {
     "xml_format": "Format",
     "exact_match_start": "Exact match, start",
     "exact_match": "Exact match, end",
+    "success_start": "Success, start",
+    "success": "Success, end",
+    "environment_return": "Return",
 }
 """Column titles by metric."""
+ELSEWHERE = ("success_start", "success", "environment_return")
+"""Those that only runs in environments from elsewhere have."""
+PLAIN = "environment_return"
+"""The one number that is no rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +101,20 @@ def _numbers_of_run(run: Run) -> dict[str, dict[str, float]]:
             continue
         lines = run.of_split(split)
         out[split] = dict(lines[-1].metrics)
-        if len(lines) > 1 and "exact_match" in lines[0].metrics:
-            out[split]["exact_match_start"] = lines[0].metrics["exact_match"]
+        if len(lines) > 1:
+            out[split] |= _as_start(lines[0].metrics)
     by_key = {(e.name, e.mode): e.means for e in run.evaluations}
     for (name, mode), means in by_key.items():
         if name.endswith("-start"):
             continue
         numbers = dict(means)
-        start = by_key.get((f"{name}-start", mode), {})
-        if "exact_match" in start:
-            numbers["exact_match_start"] = start["exact_match"]
-        out[f"{name}, {mode}"] = numbers
+        out[f"{name}, {mode}"] = numbers | _as_start(by_key.get((f"{name}-start", mode), {}))
     return out
+
+
+def _as_start(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The start's numbers, by the names of their columns."""
+    return {f"{name}_start": metrics[name] for name in ("exact_match", "success") if name in metrics}
 
 
 def _row(population: str, estimator: str, ours: list[tuple[int, dict[str, float]]]) -> Row:
@@ -151,40 +160,55 @@ def table_notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The metrics that a table of these rows shows: the paper's, or those that runs in environments elsewhere have."""
+    known = {metric for row in rows for metric, cell in row.cells.items() if cell}
+    return [m for m in COLUMNS if m in known or not (m in ELSEWHERE or known & set(ELSEWHERE))]
+
+
 def percent(value: float) -> str:
     """A rate in per cent with one decimal, without the sign: 0.4567 is 45.7."""
     return f"{100 * value:.1f}"
 
 
-def cell_text(cell: Cell | None) -> str:
+def number_text(metric: str, value: float) -> str:
+    """A rate in per cent; what is none as it is."""
+    return f"{value:.2f}" if metric == PLAIN else percent(value)
+
+
+def cell_text(metric: str, cell: Cell | None) -> str:
     """`45.7 (41.0–50.2)`; the range only where there are several runs; – without a number."""
     if cell is None:
         return "–"
-    if cell.num_runs == 1:
-        return percent(cell.mean)
-    return f"{percent(cell.mean)} ({percent(cell.low)}–{percent(cell.high)})"
+    mean, low, high = (number_text(metric, value) for value in (cell.mean, cell.low, cell.high))
+    return mean if cell.num_runs == 1 else f"{mean} ({low}–{high})"
 
 
-def _short_cell(cell: Cell | None) -> str:
+def _short_cell(metric: str, cell: Cell | None) -> str:
     """The mean, and below it the range in whole per cent, to fit 80 columns."""
-    if cell is None or cell.num_runs == 1:
-        return cell_text(cell)
+    if cell is None or cell.num_runs == 1 or metric == PLAIN:
+        return cell_text(metric, cell)
     return f"{percent(cell.mean)}\n{100 * cell.low:.0f}–{100 * cell.high:.0f}"
+
+
+def _unit(columns: Sequence[str]) -> str:
+    return "per cent, the return as it is" if PLAIN in columns else "per cent"
 
 
 def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
     """Print `rows` to the terminal, one table per population."""
     console = console or Console()
     for population in dict.fromkeys(row.population for row in rows):
-        title = Text(f"{one_line(population)}: per cent, mean over seeds (min–max)")
+        columns = columns_of([row for row in rows if row.population == population])
+        title = Text(f"{one_line(population)}: {_unit(columns)}, mean over seeds (min–max)")
         table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         table.add_column("Method")
         table.add_column("Seeds", justify="right")
-        for name in COLUMNS.values():
-            table.add_column(name, justify="right")
+        for metric in columns:
+            table.add_column(COLUMNS[metric], justify="right")
         for row in rows:
             if row.population == population:
-                values = [Text(_short_cell(c)) for c in row.cells.values()]
+                values = [Text(_short_cell(metric, row.cells[metric])) for metric in columns]
                 table.add_row(Text(row.title), Text(str(len(row.seeds))), *values)
         console.print(table)
 
@@ -193,11 +217,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """`rows` as Markdown, one table per population, per cent, mean over seeds (min–max)."""
     blocks = []
     for population in dict.fromkeys(row.population for row in rows):
-        head = ["Method", "Seeds", *COLUMNS.values()]
-        lines = [f"**{_cell(population)}** (per cent, mean over seeds, min–max)", "", _line(head)]
+        columns = columns_of([row for row in rows if row.population == population])
+        head = ["Method", "Seeds", *(COLUMNS[metric] for metric in columns)]
+        lines = [f"**{_cell(population)}** ({_unit(columns)}, mean over seeds, min–max)", "", _line(head)]
         lines.append("|---|" + "---:|" * (len(head) - 1))
         lines += [
-            _line([_cell(r.title), str(len(r.seeds)), *map(cell_text, r.cells.values())])
+            _line([_cell(r.title), str(len(r.seeds)), *(cell_text(metric, r.cells[metric]) for metric in columns)])
             for r in rows
             if r.population == population
         ]

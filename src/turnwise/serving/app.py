@@ -55,7 +55,7 @@ def load_served(
     checkpoint: Checkpoint = "best",
     engine: Literal["hf", "vllm"] = "hf",
 ) -> Served:
-    """The policy of a run with its tools, as `turnwise ask` plays it."""
+    """The policy of a run with its tools, as `turnwise ask` plays it. ConfigError where it has none."""
     policy, config = run_policy(run, checkpoint)
     if config.environment:
         raise ConfigError(

@@ -46,21 +46,23 @@ def main(folder: str, memory_mb: str, cpu_s: str, disk_mb: str, *rest: str) -> i
         limit(*bounds)
         os.execve(command[0], command, {**ENVIRONMENT, "HOME": folder, "TMPDIR": folder})
     try:
-        _unshare()
+        is_root = _unshare()
     except OSError as error:
         return _refused("a process like this one must be allowed namespaces of its own", error)
     child = os.fork()
     if child:
         return _exit_code(os.waitpid(child, 0)[1])
     try:
-        _prctl(_PDEATHSIG, signal.SIGKILL)
         _move_to(folder, places, int(disk_mb))
+        if is_root:
+            _become_nobody()
+        _prctl(_PDEATHSIG, signal.SIGKILL)  # a change of user would undo it
         _prctl(_NO_NEW_PRIVS, 1)
         limit(*bounds)
         resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
+        os.execve(command[0], command, ENVIRONMENT)
     except OSError as error:
-        os._exit(_refused("its namespaces must allow a file system of its own", error))
-    os.execve(command[0], command, ENVIRONMENT)
+        os._exit(_refused("its namespaces must allow a file system of its own, with an interpreter for all", error))
 
 
 def limit(memory_mb: int, cpu_s: int, disk_mb: int) -> None:
@@ -76,10 +78,23 @@ def limit(memory_mb: int, cpu_s: int, disk_mb: int) -> None:
         resource.setrlimit(what, (most, most))
 
 
-def _unshare() -> None:
-    """Enters new namespaces, in which this process is nobody."""
+def _unshare() -> bool:
+    """Enters new namespaces, in which this process is nobody, or else root, with a nobody to become: then True.
+
+    No number of processes bounds root, whatever it is called inside, so what root starts must become another user.
+    """
     user, group = os.getuid(), os.getgid()
+    told, tell = os.pipe()
+    helper = 0 if user else os.fork()
+    if user == 0 and helper == 0:
+        os.close(tell)
+        os.read(told, 1)  # it ends when the other is in its namespaces
+        os._exit(_name_users(os.getppid()))
     _call("unshare", _NEW_USER | _NEW_NS | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET)
+    os.close(tell)
+    os.close(told)
+    if helper and os.waitpid(helper, 0)[1] == 0:
+        return True
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{_NOBODY} {user} 1"),
@@ -87,6 +102,25 @@ def _unshare() -> None:
     ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
+    return False
+
+
+def _name_users(process: int) -> int:
+    """Lets a process in new namespaces have root and nobody, which only one outside may; 0 where it could."""
+    try:
+        for name in ("uid_map", "gid_map"):
+            with open(f"/proc/{process}/{name}", "w") as file:
+                file.write(f"0 0 1\n{_NOBODY} {_NOBODY} 1\n")
+    except OSError:
+        return 1
+    return 0
+
+
+def _become_nobody() -> None:
+    """Gives up root, its groups and its capabilities."""
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
 def _move_to(folder: str, places: tuple[str, ...], disk_mb: int) -> None:

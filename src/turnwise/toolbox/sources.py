@@ -15,14 +15,19 @@ BUILT_IN = ("search", "calculator", "python", "python:allow_unisolated")
 FORMS = "a name, a Python file, mcp:COMMAND, the URL of an MCP server, or a JSON or TOML file of MCP servers"
 
 
-def named_tools(sources: str | Path, search: Callable[[], Tool]) -> dict[str, Tool]:
+def source_names(sources: str | Path | None) -> list[str]:
+    """The sources that commas part; the search tool alone where none is named."""
+    return [name.strip() for name in str("search" if sources is None else sources).split(",")]
+
+
+def named_tools(sources: str | Path | None, search: Callable[[], Tool]) -> dict[str, Tool]:
     """The tools of sources that commas part; `search` makes the built-in search tool where it is one of them.
 
     A source is one of `BUILT_IN`, a Python file (see `load_tools`), `mcp:COMMAND` with the command that starts an MCP
     server, the URL of one, or a JSON or TOML file with `mcpServers`. Raises ConfigError or InputError for a source that
     cannot be used, and for two tools of one name.
     """
-    names = [name.strip() for name in str(sources).split(",")]
+    names = source_names(sources)
     if not all(names):
         raise ConfigError(f"tools must be {FORMS}, parted by commas; got {str(sources)!r}; leave out the empty one")
     return tool_mapping(entry for name in names for entry in _of_source(name, search))
