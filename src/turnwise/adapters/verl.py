@@ -122,8 +122,9 @@ def _returns(turn_ids: np.ndarray, credit: RowCredit, values: np.ndarray) -> np.
     """What verl's critic is to learn: the targets, and its own values where a method has none."""
     if credit.returns is None:
         return values
-    targets = token_advantages(turn_ids, credit.returns)
-    return np.where(np.isnan(targets) | (turn_ids < 0), values, targets)
+    known = token_advantages(turn_ids, [(~np.isnan(row)).astype(float) for row in credit.returns])
+    targets = token_advantages(turn_ids, [np.nan_to_num(row) for row in credit.returns])
+    return np.where(known > 0, targets, values)
 
 
 def estimator_options(config: Any) -> dict[str, Any]:

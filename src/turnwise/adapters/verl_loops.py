@@ -86,9 +86,9 @@ class EnvironmentAgentLoop(_Checked, AgentLoopBase):
 
     async def run(self, sampling_params: dict[str, Any], **options: Any) -> TurnOutput:
         """A rollout of the row's task. InputError for a row that is no task of the setting."""
-        setting = setting_of(self.config)
+        setting, tasks = setting_of(self.config)
         chat = tokenizer_chat(self.tokenizer)
-        task = _task(setting, options)
+        task = _task(tasks, options)
         engine = ServerEngine(self.server_manager, sampling_params, chat.end_id)
         prompt = len(chat.prompt_ids(Message(role=m["role"], content=m["content"]) for m in options["raw_prompt"]))
         if prompt > self.rollout_config.prompt_length:
@@ -112,32 +112,28 @@ class EnvironmentAgentLoop(_Checked, AgentLoopBase):
         return rollout_output(scored, chat, engine.told, with_logprobs=engine.has_logprobs)
 
 
-def setting_of(config: Any) -> Setting:
-    """The setting that the node `turnwise` of verl's configuration stands for; read once per process."""
+def setting_of(config: Any) -> tuple[Setting, Mapping[str, Task]]:
+    """The setting that the node `turnwise` of verl's configuration stands for, and its tasks; read once per process."""
     node = OmegaConf.select(config, "turnwise")
     options = {} if node is None else OmegaConf.to_container(node, resolve=True)
     return _setting(json.dumps(options, sort_keys=True))
 
 
 @functools.cache
-def _setting(options: str) -> Setting:
+def _setting(options: str) -> tuple[Setting, Mapping[str, Task]]:
     given = json.loads(options)
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     for name in given:
         if name not in known:
             raise unknown_name("an option of the node `turnwise`", name, known)
-    return make_setting(TrainConfig(**given))
+    setting = make_setting(TrainConfig(**given))
+    return setting, {task.id: task for task in (*setting.train, *setting.validation)}
 
 
-@functools.cache
-def _tasks(setting: Setting) -> dict[str, Task]:
-    return {task.id: task for task in (*setting.train, *setting.validation)}
-
-
-def _task(setting: Setting, row: Mapping[str, Any]) -> Task:
+def _task(tasks: Mapping[str, Task], row: Mapping[str, Any]) -> Task:
     """The task of a dataset's row."""
     name = (row.get("extra_info") or {}).get("task")
-    task = _tasks(setting).get(name)
+    task = tasks.get(name)
     if task is None:
         raise InputError(
             f"a row's extra_info['task'] must be a task of the node `turnwise`; got {name!r}; write the dataset with "
