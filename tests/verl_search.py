@@ -1,6 +1,6 @@
 """The atlas's search task trained by verl from the policy that ships, on this machine's CPU, by verl's own main_ppo.
 
-python tests/verl_search.py OUT [STEPS] [OVERRIDE ...]
+python tests/verl_search.py OUT [STEPS] [critic] [OVERRIDE ...]
 
 Writes verl's metrics to OUT/metrics.jsonl and what the estimator found to OUT/turns.jsonl.
 """
@@ -77,6 +77,26 @@ def overrides(out: Path, data: Path, policy: Path, steps: int) -> list[str]:
     ]
 
 
+def critic(policy: Path) -> list[str]:
+    """The trainer mode that hands values to our estimators, MT-PPO, and verl's critic on a CPU."""
+    return [
+        "algorithm.adv_estimator=turnwise/mt-ppo",
+        "trainer.v1.trainer_mode=turnwise",
+        "critic.enable=True",
+        "critic.strategy=fsdp2",
+        f"critic.model.path={policy}",
+        "critic.model.use_remove_padding=False",
+        "critic.model.enable_gradient_checkpointing=False",
+        "+critic.model.override_config.attn_implementation=eager",
+        "critic.optim.lr=1e-3",
+        "critic.ppo_mini_batch_size=2",
+        "critic.ppo_micro_batch_size_per_gpu=12",
+        "critic.fsdp.model_dtype=fp32",
+        "+critic.fsdp.mixed_precision.param_dtype=fp32",
+        "critic.fsdp.use_torch_compile=False",
+    ]
+
+
 def main(out: str, steps: str = "6", *more: str) -> int:
     from turnwise.adapters.verl_data import write_dataset
     from turnwise.config import TrainConfig
@@ -93,7 +113,11 @@ def main(out: str, steps: str = "6", *more: str) -> int:
         "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
     }
     options = overrides(folder, folder / "data", Path(embedded_checkpoint()), int(steps))
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", *options, *more]
+    if "critic" in more:
+        options += critic(Path(embedded_checkpoint()))
+        environment["VERL_USE_EXTERNAL_MODULES"] += ",turnwise.adapters.verl_trainer"
+    own = [option for option in more if option != "critic"]
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *options, *own]
     return subprocess.run(command, env=environment, cwd=folder).returncode
 
 

@@ -61,7 +61,7 @@ def what_else(data: Any, estimator: str) -> Beside:
     given = Beside()
     if "values" in data:
         given.values = data["values"].to_padded_tensor(0.0).double().numpy()
-    extra = [_plain(row) for row in data["extra_fields"].tolist()]
+    extra = [_plain(row) for row in list(data["extra_fields"])]
     live = mask.any(1)
     if all("turn_rewards" in row for row, alive in zip(extra, live, strict=True) if alive):
         none: dict[str, Any] = {"turn_ids": [], "turn_rewards": [], "outcome_rewards": {}}
