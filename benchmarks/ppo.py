@@ -61,7 +61,7 @@ def main() -> None:
     learned: dict[str, list[float]] = {name: [] for name in METHODS}
     for step in range(options.steps):
         policy = load_policy(config.policy)
-        tasks = training.step_tasks(setting.train, config, step)
+        tasks = training.ordered_tasks(setting.train, config.seed, step * config.tasks_per_step, config.tasks_per_step)
         start = time.process_time()
         groups = asyncio.run(
             run_groups(

@@ -47,7 +47,7 @@ def main() -> None:
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for step in range(options.steps):
-        tasks = training.step_tasks(setting.train, config, step)
+        tasks = training.ordered_tasks(setting.train, config.seed, step * config.tasks_per_step, config.tasks_per_step)
         for name, (at_once, threads) in ways.items():
             torch.set_num_threads(threads)
             policy = load_policy(config.policy)

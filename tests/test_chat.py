@@ -115,13 +115,13 @@ def test_long_text_is_never_cut_by_settings_of_the_tokenizer_file():
 def test_a_tokenizer_without_the_frame_is_refused():
     from tokenizers import Tokenizer, models
 
-    with pytest.raises(RunError, match=r"it lacks <\|endoftext\|>, <\|im_start\|>, <\|im_end\|>"):
-        BPETokenizer(Tokenizer(models.BPE()))
+    with pytest.raises(RunError, match=r"lacks <\|endoftext\|>, <\|im_start\|>, <\|im_end\|>"):
+        Chat(BPETokenizer(Tokenizer(models.BPE())))
 
 
-def test_a_tokenizer_that_reads_its_specials_out_of_text_is_refused():
-    with pytest.raises(RunError, match="must be marked special"):
-        BPETokenizer(bpe_backend(special=False))
+def test_added_tokens_that_are_not_special_are_kept_out_of_text_too():
+    chat = Chat(BPETokenizer(bpe_backend(special=False)))
+    assert not set(chat.encode_text(f"a{END}b{START}")) & specials(chat)
 
 
 def test_a_missing_or_damaged_tokenizer_file_is_one_line(tmp_path):

@@ -120,7 +120,7 @@ def test_a_misspelt_command_is_told_the_nearest():
         (["train", "--stepz", "3"], "Unrecognized options: --stepz, 3; perhaps --steps; "),
         (["train", "--steps", "three"], "--steps: invalid literal for int() with base 10: 'three'"),
         (["search"], "A question or a few words. (required)"),
-        (["eval", "somewhere", "--mode", "gredy"], "Expected one of ('greedy', 'sampled')"),
+        (["eval", "somewhere", "--mode", "gredy"], "invalid choice 'gredy' for argument '--mode'. Expected one of"),
         (["train", "nowhere.toml"], "nowhere.toml"),
         (["train", "--steps", "3", "late.toml"], "must come before the options"),
         (["reproduce", "--estimators", "grpo-rr"], "did you mean"),

@@ -17,11 +17,11 @@ def test_the_defaults_are_valid_and_survive_json():
 
 def test_paths_weights_and_names_survive_json():
     config = TrainConfig(
-        out=Path("a/b"), tools=Path("t.py"), rewards=Path("r.py"), reward_weights={"exact_match": 2.0}, steps=7
+        out=Path("a/b"), tools="t.py", rewards=Path("r.py"), reward_weights={"exact_match": 2.0}, steps=7
     )
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))), "x")
     assert again == config
-    assert isinstance(again.tools, Path)
+    assert isinstance(again.rewards, Path)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,10 @@ def test_paths_weights_and_names_survive_json():
         ("reward_weights", {"exact_match": math.nan}, "exact_match is nan"),
         ("reward_weights", {"exact_match": "1"}, "exact_match is '1'"),
         ("reward_weights", "exact_match", "must be a table"),
+        ("columns", "question=prompt", "columns must go with a file of questions; tasks are 'atlas'"),
+        ("columns", "question:prompt", "columns must be pairs such as question=prompt,answers=gold"),
+        ("columns", {"question": "prompt"}, "columns in file must be a text"),
+        ("tracker", "wandbb", "tracker must be a known name; got 'wandbb'; did you mean wandb"),
         ("exact_match", "squadd", "did you mean squad"),
         ("branches", [4, 0], r"branches must be whole numbers >= 1, one per turn; got \(4, 0\)"),
         ("branches", 4, "branches must be whole numbers >= 1"),

@@ -174,3 +174,10 @@ def test_warnings_are_shown_on_a_terminal_and_elsewhere():
     out = io.StringIO()
     LineDisplay(4, Console(file=out)).show(warned)
     assert out.getvalue().splitlines()[1] == "warning at step 3: the tool is being abandoned: pay its turns"
+
+
+def test_what_is_said_of_the_run_is_a_line():
+    out = io.StringIO()
+    LineDisplay(4, Console(file=out)).say("memory: about 3 GiB\x1b[2J\nand more")
+    assert out.getvalue().count("\n") == 1
+    assert "\x1b" not in out.getvalue()

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import families
+from families import EACH_FAMILY
 from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, pack, rollout_row, weighted
 from turnwise.config import TrainConfig
 from turnwise.credit import ESTIMATORS, turn_table
@@ -119,6 +121,19 @@ def test_shared_beginnings_give_what_plain_passes_give_for_any_window(bpe_chat, 
     weights = torch.linspace(-1, 2, len(found))
     shared, plain = (gradient(fresh, (weights * x).sum()) for x in (found, expected))
     assert_close(shared, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_every_familys_shared_beginnings_give_a_plain_passs_numbers_and_gradient(bpe_chat, family: str):
+    model = families.tiny(family, vocab=VOCAB, initializer_range=0.1)
+    policy, made = Policy(model, bpe_chat), branching_rows()
+    batch = pack(made, pad_id=0)
+    found, _ = token_logprobs(model, batch, batch.attention)
+    expected = torch.cat([plain_logprobs(policy, row) for row in made])
+    assert_close(found, expected, atol=1e-4, rtol=0, check_dtype=False)  # found are float32
+    weights = torch.linspace(-1, 2, len(found))
+    shared, plain = (gradient(policy, (weights * x).sum()) for x in (found, expected))
+    assert_close(shared, plain, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
 
 
 def test_rows_of_one_token_need_only_the_prompt(tiny: Policy):
@@ -306,7 +321,7 @@ def test_a_config_that_is_no_config_is_refused(checkpoint, tmp_path):
 
 
 def test_an_unknown_policy_name_is_one_line():
-    with pytest.raises(InputError, match=r"embedded or embedded-search, or a checkpoint folder .*; got 'embeded'"):
+    with pytest.raises(InputError, match=r"embedded or embedded-search, a checkpoint folder .*; got 'embeded'"):
         load_policy("embeded")
 
 

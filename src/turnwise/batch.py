@@ -94,6 +94,14 @@ class MicroBatch:
     def num_rows(self) -> int:
         return self.ids.shape[0]
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The micro-batch on a device; itself where it is there."""
+        if self.ids.device == device:
+            return self
+        levels = tuple(Level(**{name: x.to(device) for name, x in vars(level).items()}) for level in self.levels)
+        own = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, levels=levels, **own)
+
 
 def rollout_row(
     rollout: Rollout,

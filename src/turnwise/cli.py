@@ -33,8 +33,12 @@ WARMUPS = ("tools", "search")
 """The protocols that `turnwise warmup` can teach."""
 LARGEST_GROUP = 128
 """Rollouts in a group that `turnwise lab` takes on."""
-EXTRA_MODULES = ("torch", "transformers", "tokenizers", "safetensors")
-"""What the extra `train` brings."""
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "safetensors"), "train"),
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+    "peft": "lora",
+}
+"""The extra that brings each module."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in EXTRA_MODULES:
+        if missing not in EXTRAS:
             raise
-        return _failed(f'this command needs {missing}; install it: pip install "turnwise[train]"', 2)
+        return _failed(f'this command needs {missing}; install it: pip install "turnwise[{EXTRAS[missing]}]"', 2)
     except (TurnwiseError, ExceptionGroup) as error:
         ours = _first_of_ours(error)
         if ours is None:
@@ -213,12 +217,12 @@ def serve_search(*, corpus: str = "atlas", host: str = "127.0.0.1", port: int = 
 
 
 def convert(source: Path, out: Path, /, *, format: str = "auto") -> None:
-    """Make a task file and a corpus from TriviaQA's, SQuAD's, HotpotQA's or MuSiQue's own files.
+    """Make a task file and a corpus from a public question set.
 
     Args:
-        source: The question set's file.
+        source: The question set's file, or hf:NAME[:CONFIG][:SPLIT].
         out: Task file to write, NAME.jsonl or NAME.jsonl.gz; passages go to NAME.corpus.jsonl.gz.
-        format: triviaqa, squad, hotpotqa, musique, or auto.
+        format: triviaqa, squad, hotpotqa, musique, popqa, bamboogle, gsm8k, flashrag, or auto.
     """
     from turnwise.convert import FORMATS
     from turnwise.convert import convert as converted
@@ -231,6 +235,35 @@ def convert(source: Path, out: Path, /, *, format: str = "auto") -> None:
     print(f"{done.tasks:,} tasks of {done.format} in {done.tasks_path}{skipped}")
     if done.corpus_path:
         print(f"{done.articles:,} passages in {done.corpus_path}")
+
+
+def convert_weights(weights: Path, tokenizer: Path, out: Path, /) -> None:
+    """Make a checkpoint of a small pretrained Llama in llama2.c's legacy layout.
+
+    Args:
+        weights: The model's file, such as stories260K.bin.
+        tokenizer: The tokenizer's file, such as tokenizer.bin.
+        out: The folder to make.
+    """
+    from turnwise.llama2c import convert_llama2c
+    from turnwise.rundir import writing
+
+    with writing(out):
+        convert_llama2c(weights, tokenizer, out)
+    print(f"The checkpoint is in {out}; `turnwise train --policy {out}` begins with it.")
+
+
+def export(run: str, /, *, out: Path, checkpoint: Literal["best", "last"] = "best") -> None:
+    """Write a run's policy as a plain checkpoint that transformers loads; an adapter is merged into its base model.
+
+    Args:
+        run: A run directory or a checkpoint folder.
+        out: The folder to make.
+        checkpoint: The run's best by validation, or its last.
+    """
+    from turnwise.exporting import export as exported
+
+    print(f"The checkpoint is in {exported(run, out, checkpoint=checkpoint)}.")
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -250,6 +283,7 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
         *,
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         resume: bool = False,
+        dry_run: bool = False,
     ) -> int:
         """Train a policy and leave a run directory.
 
@@ -257,11 +291,56 @@ def _train_command(args: Sequence[str]) -> Callable[..., int]:
             file: A TOML or JSON file of the options below, or a run's config.json; it comes first.
             config: The options; they override the file's.
             resume: Go on with the run in --out from its newest checkpoint.
+            dry_run: Check everything, say how much memory the run would take, and leave nothing.
         """
         _check_file_first(file, args)
+        if dry_run:
+            from turnwise.training import planned_memory
+
+            print(planned_memory(config).text())
+            return 0
         return _train(config, resume=resume, given=_given(args))
 
     return train
+
+
+def _inspect_command(args: Sequence[str]) -> Callable[..., int]:
+    """`turnwise inspect`, with the options and the file of `turnwise train`."""
+    import tyro
+
+    from turnwise.config import TrainConfig
+
+    default = _file_config(args)
+
+    def inspect(
+        file: Path | None = None,
+        /,
+        *,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        json: bool = False,
+    ) -> int:
+        """Look at what training would train on: prompts as the policy sees them, token counts, what search finds.
+
+        Args:
+            file: A TOML or JSON file of the options below, or a run's config.json; it comes first.
+            config: The options of `turnwise train`.
+            json: Write the findings as JSON.
+        """
+        _check_file_first(file, args)
+        return _inspect(config, as_json=json)
+
+    return inspect
+
+
+def _inspect(config: Any, *, as_json: bool) -> int:
+    """Prints what there is to see; 2 where training would not start."""
+    import json
+
+    from turnwise.inspection import inspect_tasks, inspection_lines
+
+    found = inspect_tasks(config)
+    print(json.dumps(found, indent=1) if as_json else "\n".join(inspection_lines(found)))
+    return 2 if found["problems"] else 0
 
 
 def _given(args: Sequence[str]) -> list[str]:
@@ -283,7 +362,8 @@ def _train(config: Any, *, resume: bool, given: Sequence[str]) -> int:
         print(f"The run is in {result.out}. What next:")
         print(f"  turnwise report {result.out}")
         print(f"  turnwise eval {result.out}")
-        print(f'  turnwise ask {result.out} "What is the capital of Kenya?"')
+        asked = '"What is the capital of Kenya?"' if config.environment is None else "3"
+        print(f"  turnwise ask {result.out} {asked}")
         return 0
     print(f"Stopped after step {result.steps} of {total}; nothing is lost. To go on:")
     print(f"  turnwise train --resume --out {result.out}")
@@ -313,6 +393,8 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
     from turnwise.search_warmup import SearchWarmupConfig
     from turnwise.warmup import WarmupConfig
 
+    if any(arg.partition("=")[0] == "--demonstrations" for arg in args):
+        return _demonstrations_command()
     protocol = _option(args, "--protocol") or "tools"
     if protocol not in WARMUPS:
         raise unknown_name("protocol", protocol, WARMUPS)
@@ -334,6 +416,7 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
         """Make a starting checkpoint from demonstrations, as the embedded one was made.
 
         With --protocol search: teach a checkpoint that can copy and read to search several times.
+        With --demonstrations FILE: teach a policy your own demonstrations.
 
         Args:
             config: The options.
@@ -341,6 +424,55 @@ def _warmup_command(args: Sequence[str]) -> Callable[..., int]:
         return _warmup(config)
 
     return warmup
+
+
+def _demonstrations_command() -> Callable[..., int]:
+    """`turnwise warmup --demonstrations FILE`."""
+    import tyro
+
+    from turnwise.demonstrations import DemonstrationConfig
+
+    def learn(*, config: Annotated[DemonstrationConfig, tyro.conf.arg(name="")]) -> int:
+        """Teach a policy your own demonstrations: the loss is on what the assistant says in them.
+
+        Args:
+            config: The options.
+        """
+        return _learn_demonstrations(config)
+
+    return learn
+
+
+def _learn_demonstrations(config: Any) -> int:
+    from turnwise.demonstrations import Counts, learn_demonstrations
+    from turnwise.rundir import writing
+
+    _make_empty(config.out)
+
+    def watch(counts: Counts, step: int, read: int, loss: float) -> None:
+        if step == 1:
+            print(
+                f"{counts.demonstrations:,} demonstrations, {counts.tokens:,} tokens, {counts.taught:,} of them the "
+                f"assistant's; the longest has {counts.longest:,}"
+            )
+        if step % max(1, counts.steps // 20) == 0 or step in (1, counts.steps):
+            print(f"step {step}/{counts.steps}  {read:,} tokens read  loss {loss:.4f}", flush=True)
+
+    with writing(config.out):
+        learn_demonstrations(config, watch)
+    print(f"The checkpoint is in {config.out}. What next:")
+    print(f"  turnwise train --policy {config.out} --protocol {config.protocol}")
+    return 0
+
+
+def _make_empty(folder: Path) -> None:
+    """Makes the folder of a checkpoint; InputError where it holds files."""
+    from turnwise.rundir import writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise InputError(f"--out must name a new or empty folder; {folder} holds files; choose another")
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -360,10 +492,7 @@ def _warmup(config: Any) -> int:
     from turnwise.search_warmup import SearchWarmupConfig, search_warm_up
     from turnwise.warmup import warm_up
 
-    with writing(config.out):
-        config.out.mkdir(parents=True, exist_ok=True)
-    if any(config.out.iterdir()):
-        raise InputError(f"--out must name a new or empty folder; {config.out} holds files; choose another")
+    _make_empty(config.out)
     started = time.perf_counter()
 
     def watch(_policy: Any, phase: str, step: int, loss: float) -> None:
@@ -421,46 +550,101 @@ def evaluate(
     *,
     tasks: str | None = None,
     split: Literal["train", "validation", "test"] | None = None,
-    mode: Literal["greedy", "sampled"] = "greedy",
+    mode: Literal["greedy", "sampled"] | None = None,
     limit: int | None = None,
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
     name: str | None = None,
     judge: bool = True,
+    samples: int = 1,
+    pass_at: str = "",
+    max_turn_tokens: int | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
+    endpoint: str | None = None,
+    model: str | None = None,
+    key_env: str | None = None,
+    concurrency: int = 8,
+    timeout_s: float = 120.0,
+    out: Path | None = None,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> None:
-    """Measure a run's policy on questions, with confidence intervals.
+    """Measure a run's policy on questions, or any model behind an OpenAI-compatible endpoint, with intervals.
 
     Args:
-        run: A run directory, a checkpoint folder, or "embedded".
+        run: A run directory, a checkpoint folder, or "embedded"; with --endpoint also a file of options.
         tasks: "atlas", "atlas-two-hop" or a file of questions; by default the run's own.
         split: Which of them; by default the atlas's test split, or a file's validation questions.
-        mode: Take the most probable tokens, or draw them as in training.
+        mode: Take the most probable tokens, or draw them as in training; by default greedy, with --samples sampled.
         limit: Play so many questions, evenly spaced over all of them.
         checkpoint: The run's best by validation, or its last.
         seed: Decides the draws of --mode sampled.
-        name: What to call the result in the run directory; by default the split's or file's name.
+        name: What to call the result; by default the split's or file's name, and the model's with --endpoint.
         judge: Leave the run's judge in peace, if it has one.
+        samples: Rollouts of each question.
+        pass_at: Numbers k, as in 1,4,8: also estimate the chance that one of k samples matches exactly.
+        max_turn_tokens: Most tokens of a turn, instead of the run's own number.
+        engine: What draws, instead of the run's own engine: hf or vllm.
+        endpoint: Ask the model there, in the run's environment: an address such as http://127.0.0.1:8000/v1.
+        model: The endpoint's name for the model.
+        key_env: The environment variable that holds the endpoint's key, where it wants one.
+        concurrency: Most requests to the endpoint at once.
+        timeout_s: Seconds that one request may take.
+        out: Folder for the result; by default the run directory, where it is one.
+        environment: Play in this environment instead of the run's, on its tasks (see docs/environments.md).
+        max_turns: Most turns of a rollout, instead of the run's.
     """
     from turnwise.evaluation import evaluate as evaluated
     from turnwise.evaluation import is_run, write_evaluation
 
     if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
         raise ConfigError(f"name must be letters, digits, '-', '_' or '.'; got {name!r}; rename it")
+    target = out or (Path(run) if is_run(Path(run)) else None)
+    if target and not target.is_dir():
+        raise RunError(f"out must be a folder; {target} is none; make it, or choose another")
     evaluation = evaluated(
         run,
         tasks,
         split=split,
-        mode=mode,
+        mode=mode or ("greedy" if samples == 1 else "sampled"),
         limit=limit,
         checkpoint=checkpoint,
         seed=seed,
         name=name,
         judge=judge,
+        samples=samples,
+        pass_at=_whole_numbers("pass-at", pass_at),
+        max_turn_tokens=max_turn_tokens,
+        engine=engine,
+        endpoint=_endpoint(endpoint, model, key_env, concurrency, timeout_s),
+        environment=environment,
+        max_turns=max_turns,
     )
-    _print_evaluation(run, evaluation)
-    if is_run(Path(run)):
-        path = write_evaluation(Path(run), evaluation)
+    _print_evaluation(model or run, evaluation)
+    if target:
+        path = write_evaluation(target, evaluation)
         print(f"Written to {path}, and question by question to {path.with_suffix('.jsonl').name}.")
+
+
+def _endpoint(url: str | None, model: str | None, key_env: str | None, concurrency: int, timeout_s: float) -> Any:
+    """The endpoint to ask, if one is named."""
+    from turnwise.endpoint import EndpointConfig
+
+    if url is None:
+        if model or key_env:
+            raise ConfigError("model and key-env must come with an endpoint; there is none; name it with --endpoint")
+        return None
+    return EndpointConfig(
+        url=url, model=model or "", key_env=key_env, concurrency=concurrency, timeout_s=timeout_s, backoff_s=1.0
+    )
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers in a text such as 1,4,8."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        raise ConfigError(f"{option} must be whole numbers with commas between; got {text!r}; write 1,4,8")
+    return tuple(map(int, parts))
 
 
 def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
@@ -472,6 +656,8 @@ def _print_evaluation(run: str, evaluation: "Evaluation") -> None:
     if evaluation.judge:
         numbers = {name.removeprefix("judge/"): value for name, value in evaluation.judge.items()}
         print("judge: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    if evaluation.endpoint:
+        print("endpoint: " + ", ".join(f"{name} {value:.6g}" for name, value in evaluation.endpoint.items()))
     failed = [rollout for _, rollout in evaluation.records if rollout.stop == "error"]
     if failed:
         total = len(evaluation.records)
@@ -488,16 +674,20 @@ def ask(
     mode: Literal["greedy", "sampled"] = "greedy",
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> None:
     """Ask a run's policy a question and watch it work, turn by turn.
 
     Args:
         run: A run directory, a checkpoint folder, or "embedded".
-        question: The question.
+        question: The question; in an environment of seeds the seed, in one of games the game's name.
         corpus: What to search instead of the run's corpus: "atlas", a JSON-lines file, or a folder.
         mode: Take the most probable tokens, or draw them as in training.
         checkpoint: The run's best by validation, or its last.
         seed: Decides the draws of --mode sampled.
+        environment: Play in this environment instead of the run's (see docs/environments.md).
+        max_turns: Most turns, instead of the run's.
     """
     import asyncio
 
@@ -505,31 +695,37 @@ def ask(
 
     from turnwise.display import Watched, turn_panel
     from turnwise.env import Step, ToolEnvironment
-    from turnwise.evaluation import make_engine, rollout_limits, run_policy
+    from turnwise.evaluation import elsewhere, make_engine, rollout_limits, run_policy
     from turnwise.report.text import visible
     from turnwise.rollout import run_rollout
-    from turnwise.setting import make_tools
+    from turnwise.setting import environment_source, make_tools
     from turnwise.types import Task
 
     if not question.strip():
         raise InputError("the question must not be blank; got none; ask something")
     console, turns = _console(), 0
     policy, config = run_policy(run, checkpoint)
+    config = elsewhere(config, environment, max_turns)
     if corpus:
         config = dataclasses.replace(config, corpus=corpus, tools=None)
+    source = environment_source(config)
 
     def watch(text: str, step: Step) -> None:
         nonlocal turns
         turns += 1
         console.print(turn_panel(turns, text, step))
 
-    task = Task(id="question", question=question, answers=())
-    tools = make_tools(config, ())
-    environment = ToolEnvironment(task, tools, max_turns=config.max_turns, protocol=config.protocol)
+    if source:
+        task = source.task_of(question)
+        playing = source.environment(task, config.max_turns)
+    else:
+        task = Task(id="question", question=question)
+        tools = make_tools(config, ())
+        playing = ToolEnvironment(task, tools, max_turns=config.max_turns, protocol=config.protocol)
     rollout = asyncio.run(
         run_rollout(
             task,
-            Watched(environment, watch),
+            Watched(playing, watch),
             make_engine(policy),
             policy.chat,
             limits=rollout_limits(config, policy),
@@ -541,7 +737,42 @@ def ask(
         cut = rollout.turns[-1].text if len(rollout.turns) > turns else ""
         console.print(Text(visible(f"{cut}\n(cut off: no room for more tokens)").lstrip()))
     if rollout.error:
-        raise InputError(f"the tools must not fail; got {rollout.error}; correct them")
+        raise InputError(f"the {'environment' if source else 'tools'} must not fail; got {rollout.error}; correct it")
+
+
+def serve(
+    run: str,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_env: str | None = None,
+    name: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    engine: Literal["hf", "vllm"] = "hf",
+) -> None:
+    """Serve a run's agent as an OpenAI-compatible chat endpoint.
+
+    Args:
+        run: A run directory, a checkpoint folder, or "embedded".
+        host: Address to listen on; another than this machine's own needs a token.
+        port: Port to listen on; 0 takes any free one.
+        token_env: The environment variable that holds the token which clients must send.
+        name: The model's name; by default the run's folder.
+        checkpoint: The run's best by validation, or its last.
+        engine: What draws: hf in this process, or vllm on a GPU.
+    """
+    from turnwise.serving.app import listening, load_served, make_app, server, token_in
+
+    token = token_in(token_env)
+    with listening(host, port, token=token) as sock:
+        served = load_served(run, name=name, checkpoint=checkpoint, engine=engine)
+        agent, raw = served.names
+        print(f"{agent} (the agent) and {raw} (the policy alone) on http://{host}:{sock.getsockname()[1]}/v1")
+        print("POST /v1/chat/completions   GET /v1/models   GET /health   Ctrl-C stops", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server(make_app(served, token=token)).run(sockets=[sock])
+        print("stopped")
 
 
 def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
@@ -563,44 +794,77 @@ def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
     print(f"The page is {write_report(loaded, out or default)}.")
 
 
-def credit(file: Path, /, *, methods: tuple[str, ...] = (), groups: int = 3, out: Path | None = None) -> None:
+def credit(
+    file: Path,
+    /,
+    *,
+    methods: tuple[str, ...] = (),
+    groups: int = 3,
+    out: Path | None = None,
+    write: Path | None = None,
+) -> None:
     """Compute the credit of recorded rollouts by several methods, side by side.
 
     Args:
-        file: A run's rollouts.jsonl, or JSON lines of turns and rewards (see docs/credit.md).
+        file: A run's rollouts.jsonl, traces of verifiers, or JSON lines of turns and rewards (see docs/credit.md).
         methods: Names of estimators; by default some of the best known here, and on the page all that the file has the
             fields for. Of those with an advantage per token the mean over each turn's tokens is shown.
         groups: Groups to print.
         out: Also write an HTML page there.
+        write: Also write traces of verifiers there, with the one method's advantages in their nodes.
     """
     from turnwise.credit import ESTIMATORS, TOKEN_ESTIMATORS
     from turnwise.report.side import print_side_by_side, write_side_by_side
-    from turnwise.traces import all_credit, lacking, read_traces, traces_credit, traces_table
+    from turnwise.traces import lacking, read_traces, recorded_credit
 
     known = (*ESTIMATORS, *TOKEN_ESTIMATORS)
     for name in methods:
         if name not in known:
             raise unknown_name("methods", name, known)
     _check_least("groups", groups, 1)
-    if out:
-        _check_out(out)
+    if write and len(methods) != 1:
+        raise ConfigError(f"methods must be one where its credit is written; got {len(methods)}; name one")
+    for path in filter(None, (out, write)):
+        _check_out(path)
     traces = read_traces(file)
     for name in methods:
         if missing := " and ".join(lacking(name, traces)):
             raise InputError(
                 f"{file} must have {missing} in every turn for {name}; it has not; add it, or leave it out"
             )
-    table = traces_table(traces)
-    if methods:
-        found = {name: traces_credit(name, traces, table) for name in methods}
-    else:
-        found, refused = all_credit(traces, table)
-        for note in refused:
-            print(note)
+    found = _found_credit(traces, methods)
     shown = {name: found[name] for name in methods or SHOWN_METHODS if name in found}
+    recorded = recorded_credit(traces)
+    if recorded is not None:
+        shown = {"recorded": recorded, **shown}
     print_side_by_side(traces, shown, _console(), groups=groups)
     if out:
         print(f"The page is {write_side_by_side(traces, found, file, out)}.")
+    if write:
+        _write_credit(file, methods[0], write)
+
+
+def _found_credit(traces: Sequence[Any], methods: Sequence[str]) -> dict[str, Any]:
+    """The credit of the methods, or of all that can take the rollouts, where none is named."""
+    from turnwise.traces import all_credit, traces_credit, traces_table
+
+    table = traces_table(traces)
+    if methods:
+        return {name: traces_credit(name, traces, table) for name in methods}
+    found, refused = all_credit(traces, table)
+    for note in refused:
+        print(note)
+    return found
+
+
+def _write_credit(file: Path, method: str, write: Path) -> None:
+    """Writes traces of verifiers with a method's credit."""
+    from turnwise.rundir import write_atomically
+    from turnwise.traces import verifiers_lines
+
+    lines = verifiers_lines(file, method)
+    write_atomically(write, "".join(f"{line}\n" for line in lines))
+    print(f"{len(lines)} traces with the credit of {method} are in {write}.")
 
 
 def _check_least(option: str, number: int, least: int) -> None:
@@ -699,8 +963,11 @@ class Command:
 
 COMMANDS = {
     "train": Command("train a policy and leave a run directory", build=_train_command),
+    "inspect": Command("look at questions as the policy will see them, before training", build=_inspect_command),
     "eval": Command("measure a policy on questions, with intervals", evaluate),
     "ask": Command("ask a policy a question and watch it work", ask),
+    "serve": Command("serve a run's agent as an OpenAI-compatible chat endpoint", serve),
+    "export": Command("write a run's policy as a plain checkpoint", export),
     "report": Command("table, curves and the credit of every turn, from runs", report),
     "credit": Command("credit of recorded rollouts by several methods, side by side", credit),
     "lab": Command("compare estimators with exact gradients on small processes", lab),
@@ -708,6 +975,7 @@ COMMANDS = {
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),
     "doctor": Command("check that turn credit works inside another trainer (trl, verl)", doctor),
     "convert": Command("make task and corpus files from public question sets", convert),
+    "convert-weights": Command("make a checkpoint of llama2.c's weights", convert_weights),
     "warmup": Command("make a starting checkpoint from demonstrations", build=_warmup_command),
     "reproduce": Command("compare methods over seeds", build=_reproduce_command),
 }

@@ -75,6 +75,11 @@ def reproduce(config: ReproduceConfig) -> Path:
 
     arms = read_arms(config)
     for arm in arms.values():
+        if arm.environment:
+            raise ConfigError(
+                "environment must be left out of a comparison, whose tables are of searches and answers; got "
+                f"{arm.environment}; train each method with turnwise train"
+            )
         make_setting(arm)  # bad input raises before any process starts
     load_policy(config.train.start)
     for folder in (config.results, config.runs / config.name):
@@ -225,19 +230,19 @@ def evaluation_tasks(config: TrainConfig, size: int) -> dict[str, Sequence[Any]]
 
 def evaluations(policy: str, config: TrainConfig, size: int) -> dict[str, Any]:
     """Metrics of greedy and of sampled evaluations of both populations."""
-    from turnwise.evaluation import evaluation_to_dict, make_engines, play, rollout_limits, summarised
+    from turnwise.evaluation import evaluation_to_dict, make_engines, place, play, rollout_limits, summarised
     from turnwise.policy import load_policy
     from turnwise.setting import make_setting
 
     setting = make_setting(config)
-    loaded = load_policy(policy)
+    loaded = place(load_policy(policy), config)
     limits = rollout_limits(config, loaded)
     engines = make_engines(loaded, config, max_rows=EVALUATED_ROWS)
     found: dict[str, Any] = {}
     for population, tasks in evaluation_tasks(config, size).items():
         for mode in ("greedy", "sampled"):
             pairs = play(tasks, setting, engines, loaded.chat, limits=limits, mode=mode)
-            evaluation = summarised(population, mode, pairs, config.protocol)
+            evaluation = summarised(population, mode, pairs, config.tag_protocol)
             found[f"{population}-{mode}"] = evaluation_to_dict(evaluation)["metrics"]
     return found
 
@@ -279,6 +284,9 @@ class _Lines:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+
+    def say(self, text: str) -> None:
+        print(f"{self.config.estimator:8} seed {self.config.seed}  {text}", flush=True)
 
     def show(self, record: Mapping[str, Any]) -> None:
         step, metrics = record["step"], record["metrics"]
@@ -380,6 +388,12 @@ _COLUMNS: Mapping[str, Sequence[tuple[str, str]]] = {
 }
 """What the tables show under each protocol, by title and metric."""
 
+
+def _columns(protocol: str) -> Sequence[tuple[str, str]]:
+    """The columns of a protocol's tables; models' own formats have those of the search protocol."""
+    return _COLUMNS.get(protocol, _COLUMNS["search"])
+
+
 _PROGRESS = (
     ("searches", "searches"),
     ("useful", "useful_searches"),
@@ -395,7 +409,7 @@ COLLAPSED = 0.5
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The result as Markdown tables: mean over seeds, and the range from the lowest to the highest seed."""
-    runs, columns = result["runs"], _COLUMNS[result["config"].get("protocol", "tools")]
+    runs, columns = result["runs"], _columns(result["config"].get("protocol", "tools"))
     methods = list(dict.fromkeys(r["arm"] for r in runs))
     lines = [f"# {result['name']}", ""]
     for name in result["start"]["evaluations"]:

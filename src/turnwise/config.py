@@ -13,13 +13,18 @@ from typing import Any, Literal
 from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.judge import JudgeConfig
-from turnwise.protocols import ProtocolName, protocol_named
-from turnwise.rewards import DEFAULT_WEIGHTS, JUDGED
+from turnwise.protocols import NATIVE, ProtocolName, protocol_named
+from turnwise.rewards import BUILT_IN, DEFAULT_WEIGHTS, ENVIRONMENT_WEIGHTS, JUDGED, OF_RECORDS
 from turnwise.rollout import check_branches
+from turnwise.tasks import parse_columns
 
+ENGINES = ("hf", "vllm")
 EXACT_MATCHES = ("paper", "squad", "triviaqa")
 """Whose definitions of exact match there are."""
 RATIOS = ("token", "turn", "sequence")
+DTYPES = ("float32", "bfloat16", "mixed")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+CORRECTIONS = ("none", "truncate", "mask")
 RECORDED = ("tokens", "anchor")
 """The optional columns of the turn table that training fills without a critic."""
 CRITIC_METHODS = (*TOKEN_ESTIMATORS, "turn-ppo", "step-ppo")
@@ -31,6 +36,7 @@ BRANCHING = tuple(name for name in ESTIMATORS if "node" in NEEDS.get(name, ()))
 DISCOUNTED = ("grpo-mr", "turn-rloo", *CRITIC_METHODS)
 """Those that take `gamma`."""
 CRITICS = ("own", "shared")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 AGGREGATIONS = ("sequence-mean", "token-mean", "turn-mean", "constant")
 ATLAS = "atlas"
 """The name of the embedded world, as tasks and as corpus."""
@@ -66,16 +72,36 @@ class TrainConfig:
     """Methods with a critic: whiten advantages over the step's sampled tokens. By default token methods do, turn-ppo
     and step-ppo (which whitens over turns itself) do not."""
 
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    """Numbers of weights and operations; "mixed" keeps float32 weights and computes in bfloat16 (docs/memory.md)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the policy computes; "auto" takes a GPU where there is one, for 20 million parameters or more."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+
     policy: str = "embedded"
-    """The start: "embedded" (the one for the protocol), or a checkpoint folder."""
+    """The start: "embedded" (the one for the protocol), a checkpoint folder, or a model of the Hugging Face hub."""
+    lora_rank: int = 0
+    """Learn matrices of this rank beside the policy's, which stay as they are (LoRA); 0 learns all weights."""
+    lora_alpha: float | None = None
+    """What LoRA's products are multiplied by, times the rank; by default twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers beside which LoRA learns; by default all linear layers but the output layer."""
     tasks: str = ATLAS
-    """Training questions: "atlas", "atlas-two-hop", or a JSON-lines file (.jsonl or .jsonl.gz)."""
+    """Training questions: "atlas", "atlas-two-hop", a file of JSON lines, a JSON list or Parquet, or a data set
+    hf:NAME[:CONFIG][:SPLIT] (docs/data.md)."""
     validation_tasks: str | None = None
     """Validation questions; by default the atlas's held-out ones, or a tenth of the training file."""
+    columns: str | None = None
+    """Which columns of the files of questions hold ours, where they have other names: question=prompt,answers=gold."""
     corpus: str = ATLAS
     """What the search tool searches: "atlas", a JSON-lines file, or a folder of text files."""
-    tools: Path | None = None
-    """A Python file of tools to use instead of the search tool."""
+    tools: str | None = None
+    """Tools instead of the search tool, parted by commas: search, calculator, python, a Python file, mcp:COMMAND, the
+    URL of an MCP server, a JSON or TOML file of MCP servers."""
+    environment: str | None = None
+    """An environment from elsewhere instead of tools and tags: a Python file with make(task), gym:ID, openenv:URL or
+    textworld:. Tasks are its own unless --tasks names others (docs/environments.md)."""
     rewards: Path | None = None
     """A Python file of reward functions to use beside the built-in ones."""
     reward_weights: dict[str, float] | None = None
@@ -101,7 +127,8 @@ class TrainConfig:
     """Folder of the judge's replies; by default in the user's cache folder."""
 
     protocol: ProtocolName = "tools"
-    """The tags: "tools" calls tools in JSON; "search" writes queries alone, max-turns - 1 of them at most."""
+    """The format: "tools" calls tools in JSON in the paper's tags; "search" writes queries alone, max-turns - 1 of them
+    at most; "native" is what the policy's own chat template writes: hermes, llama3 or qwen3-coder (docs/formats.md)."""
     search_results: int = 1
     """Articles that a search returns."""
     result_chars: int = 600
@@ -113,6 +140,11 @@ class TrainConfig:
     temperature: float = 1.0
     """Sampling temperature of the rollouts."""
 
+    engine: Literal["hf", "vllm"] = "hf"
+    """What draws the rollouts: the in-process engine, or vLLM on a GPU (docs/engines.md)."""
+    vllm_memory_share: float = 0.4
+    """Engine vllm: the share of the GPU's memory that it may take, weights included; training needs the rest."""
+
     seed: int = 0
     """Decides the order of tasks and every draw. Two runs with one seed see the same tasks."""
     steps: int = 60
@@ -123,6 +155,9 @@ class TrainConfig:
     """Rollouts of each question, where they do not branch."""
     branches: tuple[int, ...] = ()
     """Draw a tree per question instead: 4 2 draws four first turns and two second ones after each."""
+    dynamic_sampling: int = 0
+    """Replace questions whose rollouts show no difference by the next ones, in so many extra rounds of a step at most
+    (DAPO, arXiv 2503.14476)."""
     token_budget: int | None = None
     """End the run once it has sampled so many tokens in training rollouts, if `steps` do not end it before."""
     passes: int = 1
@@ -143,6 +178,10 @@ class TrainConfig:
     """How far below 1 a probability ratio counts."""
     clip_high: float = 0.2
     """How far above 1 a probability ratio counts."""
+    sampler_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weigh tokens by trainer's / sampler's probability where the two differ: at most sampler-cap, or 0 beyond it."""
+    sampler_cap: float = 2.0
+    """The largest such weight; with "mask" also the inverse of the smallest."""
     aggregation: Literal["sequence-mean", "token-mean", "turn-mean", "constant"] = "sequence-mean"
     """What a token weighs in the loss: means over rollouts, tokens or turns, or a constant (max-turns x
     max-turn-tokens per rollout)."""
@@ -159,6 +198,8 @@ class TrainConfig:
     """Steps between checkpoints that `--resume` can continue from."""
     log_groups: int = 2
     """Groups of rollouts that every step writes to rollouts.jsonl."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where metrics go beside metrics.jsonl (docs/data.md)."""
     threads: int = 0
     """Cores to use; 0 leaves torch its own choice. A small policy computes as many parts of a step at once."""
 
@@ -168,14 +209,22 @@ class TrainConfig:
             _check_number(name, getattr(self, name), low, high)
         _check_tree(self.branches, self.max_turns, self.ratio)
         _check_estimator(self.estimator, branching=bool(self.branches))
-        for option, value, known in (("aggregation", self.aggregation, AGGREGATIONS), ("critic", self.critic, CRITICS)):
+        for option, value, known in (
+            ("aggregation", self.aggregation, AGGREGATIONS),
+            ("critic", self.critic, CRITICS),
+            ("dtype", self.dtype, DTYPES),
+            ("device", self.device, DEVICES),
+            ("sampler-correction", self.sampler_correction, CORRECTIONS),
+            ("exact-match", self.exact_match, EXACT_MATCHES),
+            ("ratio", self.ratio, RATIOS),
+            ("tracker", self.tracker, (None, *TRACKERS)),
+        ):
             if value not in known:
-                raise unknown_name(option, value, known)
+                raise unknown_name(option, str(value), [name for name in known if name])
         self._check_critic()
-        if self.exact_match not in EXACT_MATCHES:
-            raise unknown_name("exact-match", self.exact_match, EXACT_MATCHES)
-        if self.ratio not in RATIOS:
-            raise unknown_name("ratio", self.ratio, RATIOS)
+        self._check_engine()
+        self._check_lora()
+        self._check_sampling()
         if self.ratio == "sequence" and self.estimator not in ONE_PER_ROLLOUT:
             raise ConfigError(
                 f"ratio 'sequence' must go with an estimator that gives a whole rollout one advantage; got "
@@ -184,8 +233,11 @@ class TrainConfig:
             )
         if self.token_budget is not None:
             _check_number("token_budget", self.token_budget, 1, _INF, whole=True)
-        protocol_named(self.protocol)
+        if self.protocol != NATIVE:
+            protocol_named(self.protocol)
+        self._check_columns()
         _check_weights(self.reward_weights)
+        self._check_environment()
         self._check_judge()
         if self.minibatches > self.tasks_per_step:
             raise ConfigError(
@@ -194,11 +246,23 @@ class TrainConfig:
             )
 
     def _make_paths(self) -> None:
-        """Texts in the place of paths become paths."""
+        """Texts in the place of paths become paths, and paths of tools texts."""
+        if isinstance(self.tools, Path):
+            object.__setattr__(self, "tools", str(self.tools))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (Path, Path | None) and isinstance(value, str):
                 object.__setattr__(self, field.name, Path(value))
+
+    def _check_columns(self) -> None:
+        """Raises ConfigError for columns that are no mapping, and for those of the embedded world."""
+        if self.columns is None:
+            return
+        parse_columns(self.columns)
+        if self.tasks in ATLAS_HOPS and self.validation_tasks in (None, *ATLAS_HOPS):
+            raise ConfigError(
+                f"columns must go with a file of questions; tasks are {self.tasks!r}; name a file, or leave columns out"
+            )
 
     def _check_critic(self) -> None:
         """Raises ConfigError for discounts out of range, and for options of critics where there is none."""
@@ -223,6 +287,71 @@ class TrainConfig:
                         f"leave it out, or take one of {', '.join(CRITIC_METHODS)}"
                     )
 
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise unknown_name("engine", self.engine, ENGINES)
+        if self.engine != "vllm" and self.vllm_memory_share != TrainConfig.vllm_memory_share:
+            raise ConfigError(f"vllm-memory-share must go with engine vllm; got engine {self.engine}; leave it out")
+        if self.engine == "vllm" and self.lora_rank:
+            raise ConfigError("engine vllm must have whole weights; got lora-rank; leave one of them out")
+
+    def _check_lora(self) -> None:
+        """Raises ConfigError for options of LoRA where there is none, and for a critic that would copy the model."""
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_targets"):
+                if getattr(self, name) != getattr(TrainConfig, name):
+                    raise ConfigError(
+                        f"{name.replace('_', '-')} must go with LoRA; lora-rank is 0; leave it out, or give a rank"
+                    )
+            return
+        if self.lora_alpha is not None:
+            _check_number("lora_alpha", self.lora_alpha, 1e-9, _INF, whole=False)
+        if not all(isinstance(name, str) and name for name in self.lora_targets):
+            raise ConfigError(f"lora-targets must be names of layers; got {self.lora_targets}; such as q_proj v_proj")
+        if self.estimator in CRITIC_METHODS and self.critic == "own":
+            raise ConfigError(
+                "critic 'own' must not go with lora-rank: its trunk would be a second copy of the whole model; take "
+                "--critic shared"
+            )
+
+    def _check_sampling(self) -> None:
+        """Raises ConfigError for dynamic sampling that would never end well, and for a cap of nothing."""
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ConfigError(
+                f"gradient-checkpointing must be true or false; got {self.gradient_checkpointing!r}; give one"
+            )
+        if self.dynamic_sampling and self.estimator in CRITIC_METHODS:
+            raise ConfigError(
+                f"dynamic-sampling must go with a method that compares rollouts of one question; {self.estimator} "
+                "learns from every rollout by its critic; leave it out"
+            )
+        if self.dynamic_sampling and self.group_size < 2 and not self.branches:
+            raise ConfigError(
+                f"dynamic-sampling must have rollouts to compare; got group-size {self.group_size}; take 2 or more"
+            )
+        if self.sampler_correction == "none" and self.sampler_cap != TrainConfig.sampler_cap:
+            raise ConfigError(
+                f"sampler-cap must go with sampler-correction truncate or mask; got {self.sampler_cap} with none; "
+                "leave it out, or name a correction"
+            )
+
+    def _check_environment(self) -> None:
+        """Raises ConfigError for options of tools and tags where an environment from elsewhere has neither."""
+        if self.environment is None:
+            return
+        for name in TOOL_OPTIONS:
+            if getattr(self, name) != getattr(TrainConfig, name):
+                raise ConfigError(
+                    f"{name.replace('_', '-')} must go with the environment of tools; got an environment from "
+                    f"elsewhere, {self.environment}, which reads and answers messages itself; leave one of them out"
+                )
+        for name in self.weights:
+            if name in BUILT_IN and name not in OF_RECORDS:
+                raise ConfigError(
+                    f"reward-weights must name what an environment's rollouts can have; got {name}, which looks for "
+                    f"tags; leave it out; of the built-in ones there are {', '.join(OF_RECORDS)}"
+                )
+
     def _check_judge(self) -> None:
         """Bad options of the judge, and options of a judge that is not there, raise here."""
         if self.judge and self.judge.turns and self.estimator in ("mt-grpo-tree", "slate"):
@@ -245,14 +374,26 @@ class TrainConfig:
             )
 
     @property
+    def column_names(self) -> dict[str, str] | None:
+        """The mapping that `columns` writes."""
+        return parse_columns(self.columns) if self.columns else None
+
+    @property
     def start(self) -> str:
         """The policy to start from: `policy`, where "embedded" is the one that ships for the protocol."""
         return "embedded-search" if (self.policy, self.protocol) == ("embedded", "search") else self.policy
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """What each reward component is worth: `reward_weights`, or the protocol's."""
-        return DEFAULT_WEIGHTS[self.protocol] if self.reward_weights is None else self.reward_weights
+        """What each reward component is worth: `reward_weights`, or the protocol's, or an environment's own rewards."""
+        if self.reward_weights is not None:
+            return self.reward_weights
+        return ENVIRONMENT_WEIGHTS if self.environment else DEFAULT_WEIGHTS[self.protocol]
+
+    @property
+    def tag_protocol(self) -> ProtocolName | None:
+        """The tags of the rollouts; None in an environment from elsewhere."""
+        return None if self.environment else self.protocol
 
     @property
     def judge(self) -> JudgeConfig | None:
@@ -335,6 +476,8 @@ def _check_weights(weights: Any) -> None:
 
 _CRITIC_OPTIONS = ("lam", "whiten", "critic", "critic_learning_rate", "critic_warmup_steps", "value_clip")
 """The options that mean nothing without a critic."""
+TOOL_OPTIONS = ("protocol", "tools", "corpus", "search_results", "result_chars", "judge_url")
+"""The options that mean nothing in an environment from elsewhere."""
 _JUDGE_OPTIONS = ("judge_model", "judge_key_env", "judge_rubric", "judge_outcome_rubric", "judge_cache")
 """The options that mean nothing without a judge's URL."""
 _INF = math.inf
@@ -347,6 +490,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_turns", 1, 1000),
     ("max_turn_tokens", 4, 1_000_000),
     ("temperature", 1e-3, 100),
+    ("vllm_memory_share", 0.01, 1),
+    ("lora_rank", 0, 65536),
     ("seed", 0, 2**63),
     ("steps", 1, _INF),
     ("tasks_per_step", 1, _INF),
@@ -363,6 +508,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("clip_low", 0, 1),
     ("clip_high", 0, _INF),
     ("kl_coef", 0, _INF),
+    ("dynamic_sampling", 0, 1000),
+    ("sampler_cap", 1, _INF),
     ("micro_batch_tokens", 16, _INF),
     ("validate_every", 1, _INF),
     ("validation_size", 1, _INF),
@@ -410,6 +557,8 @@ def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
 
     Raises ConfigError where it must be text and is not.
     """
+    if typing.get_origin(kind) is tuple:
+        return tuple(value) if isinstance(value, list) else value
     kinds = typing.get_args(kind) or (kind,)  # of str | None, of Literal["own", "shared"]
     text = Path in kinds or str in kinds or all(isinstance(choice, str) for choice in kinds)
     if text and not isinstance(value, str) and not (value is None and types.NoneType in kinds):
@@ -417,7 +566,7 @@ def _read_value(name: str, value: Any, kind: Any, source: str) -> Any:
         raise ConfigError(f"{option} in {source} must be a text; got {value!r}; write it in quotes")
     if Path in kinds and value is not None:
         return Path(value)
-    return tuple(value) if name == "branches" and isinstance(value, list) else value
+    return value
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from typing import TypeVar
 
 import torch
 
+from turnwise.devices import SMALL, num_parameters
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-SMALL = 20_000_000
-"""Parameters below which a model's operations are too short to be shared among threads."""
 
 
 def parts_at_once(model: torch.nn.Module, threads: int) -> int:
@@ -19,8 +18,7 @@ def parts_at_once(model: torch.nn.Module, threads: int) -> int:
     The operations of a small model are so short that two threads take as long as one; there each core computes a part
     of its own. A large model's parts come one after the other, on all threads, and so do those on a GPU.
     """
-    parameters = list(model.parameters())
-    small = sum(p.numel() for p in parameters) < SMALL and parameters[0].device.type == "cpu"
+    small = num_parameters(model) < SMALL and next(model.parameters()).device.type == "cpu"
     return threads if small else 1
 
 

@@ -34,14 +34,15 @@ PAID_AT_END = ("ppo-mr", "mt-ppo-paid-at-end")
 def rollout_table(rollouts: Sequence[Rollout]) -> TurnTable:
     """The turn table of scored rollouts, with token counts and anchors, and with nodes where they are leaves of trees.
 
-    A turn's anchor is what the environment said last before it: equal observations are taken for equal states.
+    A turn's anchor is the environment's name of the state before it; where it names none, what it said last: equal
+    observations are taken for equal states.
     """
     return turn_table(
         [r.group for r in rollouts],
         [r.turn_rewards for r in rollouts],
         [r.outcome_rewards for r in rollouts],
         tokens=[[len(turn.action_ids) for turn in r.turns] for r in rollouts],
-        anchors=[[r.prompt_ids, *(turn.reply_ids for turn in r.turns[:-1])] for r in rollouts],
+        anchors=[r.states or [r.prompt_ids, *(turn.reply_ids for turn in r.turns[:-1])] for r in rollouts],
         nodes=[[(r.group, node) for node in r.nodes] for r in rollouts] if any(r.nodes for r in rollouts) else None,
     )
 
@@ -54,6 +55,11 @@ def estimate(config: TrainConfig, table: TurnTable) -> Credit:
         return ESTIMATORS[config.estimator](table, **parameters)
     except ValueError as error:  # such as a user's turn reward that differs between rollouts that share the turn
         raise InputError(f"the step's rewards must suit {config.estimator}: {error}") from error
+
+
+def has_signal(group: Sequence[Rollout], config: TrainConfig) -> bool:
+    """Whether a group's rollouts, compared with each other alone, get any credit."""
+    return bool(np.abs(estimate(config, rollout_table(group)).advantages).max() > 1e-9)
 
 
 def _discounts(config: TrainConfig) -> dict[str, float]:

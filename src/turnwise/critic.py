@@ -58,7 +58,7 @@ def make_critic(
 ) -> Critic:
     """A fresh critic beside a policy. Values are 0 until it learns."""
     model = policy.model if trunk == "shared" else copy.deepcopy(policy.model)
-    head = torch.nn.Linear(model.config.hidden_size, heads, dtype=model.dtype)
+    head = torch.nn.Linear(model.config.hidden_size, heads, device=model.device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     learned = [*head.parameters(), *(() if trunk == "shared" else _decoder(model).parameters())]
@@ -80,7 +80,7 @@ def token_values(critic: Critic, batch: MicroBatch, states: torch.Tensor | None 
             states = token_states(critic.trunk, batch) if states is None else states.detach()
     else:
         states = token_states(critic.trunk, batch)
-    return critic.head(states)[batch.place].float()
+    return critic.head(states.float())[batch.place]
 
 
 def step_values(
@@ -97,7 +97,7 @@ def step_values(
 
     def computed_values(chunk: Sequence[Row]) -> np.ndarray:
         with torch.no_grad():
-            return token_values(critic, pack(chunk, pad_id=pad_id)).numpy()
+            return token_values(critic, pack(chunk, pad_id=pad_id).to(critic.trunk.device)).cpu().numpy()
 
     parts = list(chunks(list(different.values()), max_tokens=max_tokens))
     for chunk, computed in zip(parts, in_parallel(computed_values, parts, at_once=at_once), strict=True):

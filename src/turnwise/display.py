@@ -7,7 +7,7 @@ character of theirs reaches the terminal.
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from turnwise.env import Environment, Step
+from turnwise.env import Environment, Step, closed
 from turnwise.report.text import one_line, visible
 from turnwise.types import Message
 
@@ -29,12 +29,14 @@ RATES = {
     "tool_execution": "tool execution",
     "answer_in_results": "answer in results",
     "exact_match": "exact match",
+    "success": "success",
     "dead_groups": "dead groups",
     "clip_fraction": "clip fraction",
     "judge/disagreement": "judge disagrees",
 }
 """Metrics that are shares of one, as the display calls them."""
 NUMBERS = {
+    "environment_return": "environment's return",
     "return": "return",
     "explained_variance": "explained variance",
     "entropy": "entropy",
@@ -45,7 +47,7 @@ NUMBERS = {
 """The other metrics of the display."""
 SHOWN_WARNINGS = 3
 """The panel keeps the last so many warnings in view."""
-TRENDS = ("tool_execution", "exact_match")
+TRENDS = ("tool_execution", "exact_match", "success")
 """Metrics that are drawn over time."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 PACE_STEPS = 10
@@ -57,6 +59,8 @@ class Shows(Protocol):
 
     def show(self, record: Record) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 @contextlib.contextmanager
 def training_display(title: str, total: int, console: Console) -> Iterator[Shows]:
@@ -67,6 +71,7 @@ def training_display(title: str, total: int, console: Console) -> Iterator[Shows
     panel = PanelDisplay(title, total)
     with Live(panel.rendered(), console=console, auto_refresh=False) as live:
         panel.changed = lambda: live.update(panel.rendered(), refresh=True)
+        panel.said = lambda text: live.console.print(Text(one_line(text)))  # above the panel
         yield panel
 
 
@@ -83,6 +88,10 @@ class LineDisplay:
         for warning in record_warnings(record):
             self.console.print(Text(warning, style="yellow"), soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(Text(one_line(text)), soft_wrap=True)
+
 
 class PanelDisplay:
     """All that the live panel needs to know of a run so far."""
@@ -93,11 +102,16 @@ class PanelDisplay:
         self.train: list[Record] = []
         self.validation: list[Record] = []
         self.changed: Callable[[], None] = lambda: None
+        self.said: Callable[[str], None] = lambda text: None
 
     def show(self, record: Record) -> None:
         """Takes the record in and draws the panel anew."""
         (self.train if record["split"] == "train" else self.validation).append(record)
         self.changed()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the panel."""
+        self.said(text)
 
     def rendered(self) -> RenderableType:
         """The panel as it stands."""
@@ -180,7 +194,8 @@ def _trends(train: Sequence[Record]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name in TRENDS:
         values = [r["metrics"][name] for r in train if name in r["metrics"]]
-        table.add_row(Text(RATES[name]), Text(sparkline(values, width=48), style="green"))
+        if values:
+            table.add_row(Text(RATES[name]), Text(sparkline(values, width=48), style="green"))
     return table
 
 
@@ -242,7 +257,17 @@ SEARCHED = {
     "turns": "turns",
 }
 """The same where protocol `search` was played; a column that no question has is left out."""
-COUNTED = ("searches", "redundant_searches", "turns")
+ELSEWHERE = {
+    "success": "success",
+    "environment_return": "return",
+    "exact_match": "exact\nmatch",
+    "well_called": "actions\ntaken",
+    "terminated": "terminated",
+    "turns": "turns",
+    "tokens": "tokens",
+}
+"""The same in an environment from elsewhere."""
+COUNTED = ("searches", "redundant_searches", "turns", "environment_return", "tokens")
 """The columns that are no shares."""
 
 
@@ -252,10 +277,10 @@ def evaluation_table(title: str, evaluation: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("questions", justify="right")
     means = evaluation["metrics"]
-    titles = SEARCHED if "final_format" in means else EVALUATED
-    columns = [name for name in titles if name in means]
+    titles = SEARCHED if "final_format" in means else EVALUATED if "tool_execution" in means else ELSEWHERE
+    columns = [name for name in titles if name in means] + [name for name in means if name.startswith("pass@")]
     for name in columns:
-        table.add_column(titles[name], justify="right")
+        table.add_column(titles.get(name, name), justify="right")
     kinds = evaluation["by_kind"] if len(evaluation["by_kind"]) > 1 else {}
     for kind, estimates in {"all": means, **kinds}.items():
         count = next(iter(estimates.values()))["n"]
@@ -281,7 +306,7 @@ class Watched:
         self._environment = environment
         self._watch = watch
 
-    def start(self) -> tuple[Message, ...]:
+    def start(self) -> tuple[Message, ...] | Awaitable[tuple[Message, ...]]:
         """The environment's first messages."""
         return self._environment.start()
 
@@ -290,6 +315,10 @@ class Watched:
         step = await self._environment.step(text)
         self._watch(text, step)
         return step
+
+    async def close(self) -> None:
+        """Closes the environment."""
+        await closed(self._environment)
 
 
 def turn_panel(number: int, text: str, step: Step) -> Table:
@@ -306,7 +335,11 @@ def turn_panel(number: int, text: str, step: Step) -> Table:
     rows += [("error", result.text, "red") if result.error else ("result", result.text, "") for result in step.results]
     if action.answer is not None:
         rows.append(("answer", action.answer, "bold green"))
-    if step.stop == "max_turns":
+    if step.rewards:
+        rows.append(("rewards", ", ".join(f"{name} {value:g}" for name, value in step.rewards.items()), "cyan"))
+    if step.success is not None:
+        rows.append(("success", "yes" if step.success else "no", "bold green" if step.success else "red"))
+    if step.stop == "max_turns" and not step.results:
         rows.append(("stop", "the last turn must answer; its calls were not executed", "red"))
     table = Table.grid(padding=(0, 2))
     for i, (name, content, style) in enumerate(rows):

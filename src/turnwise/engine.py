@@ -5,7 +5,7 @@ it can keep what it computed for the earlier turns; `release` says that the conv
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -45,6 +45,10 @@ class Completion:
     """`stop`: the closing token was drawn. `length`: a budget cut the completion off."""
 
 
+Watch = Callable[[int], None]
+"""Told of a token id."""
+
+
 class Engine(Protocol):
     """Anything that continues token ids under the present policy."""
 
@@ -74,6 +78,55 @@ class ForkingEngine(Engine, Protocol):
         `into` is a session already.
         """
         ...
+
+
+class WatchedEngine(Engine, Protocol):
+    """An engine that can say what it draws while it draws, as a server that streams needs it."""
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable, watch: Watch | None = None
+    ) -> Completion:
+        """As of every engine; `watch` is called with each token id as it is drawn, and must not block."""
+        ...
+
+
+class PolicyEngine(ForkingEngine, WatchedEngine, Protocol):
+    """An engine over a policy that learns."""
+
+    def refresh(self, policy_version: int) -> None:
+        """The weights have changed. Every session must have been released: nothing cached is left."""
+        ...
+
+
+def check_answered(answered: bool, session: Hashable) -> None:
+    """InputError for a session that asks again before its last request is answered."""
+    if not answered:
+        raise InputError(
+            f"a session must wait for its answer before it asks again; got a second request of "
+            f"session {session!r}; give every conversation its own session"
+        )
+
+
+def check_prompt(prompt_ids: Sequence[int], *, vocab: int, max_context: int) -> None:
+    """InputError for a prompt that leaves no room for a token, or that holds ids outside the vocabulary."""
+    if not 1 <= len(prompt_ids) < max_context:
+        raise InputError(
+            f"a prompt must have 1 to {max_context - 1} tokens (max_context - 1); "
+            f"got {len(prompt_ids)}; shorten it or raise max_context"
+        )
+    low, high = min(prompt_ids), max(prompt_ids)
+    if low < 0 or high >= vocab:
+        raise InputError(
+            f"token ids must be in [0, {vocab}); got {low} to {high}; use the tokenizer that belongs to the model"
+        )
+
+
+def check_finite(logprobs: Iterable[float]) -> None:
+    """InputError for log-probabilities that no sound model gives."""
+    if not all(map(math.isfinite, logprobs)):
+        raise InputError(
+            "the model must give finite logits; got a log-probability that is not; check the weights (a diverged run?)"
+        )
 
 
 def fork_onto_session(into: Hashable) -> InputError:
@@ -119,11 +172,16 @@ class ScriptedEngine:
         self._scripts: dict[Hashable, Sequence[str]] = {}
         self._calls: dict[Hashable, int] = {}
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable, watch: Watch | None = None
+    ) -> Completion:
         """The session's next reply and the closing token, cut at `sampling.max_tokens`."""
-        reply = self._next_reply(self._codec.decode(prompt_ids), session)
+        reply = self._next_reply(prompt_ids, session)
         ids = (*self._codec.encode_text(reply), self._codec.end_id)
         kept = ids[: sampling.max_tokens]
+        if watch:
+            for token in kept:
+                watch(token)
         finish = "stop" if len(kept) == len(ids) else "length"
         return Completion(token_ids=kept, logprobs=(0.0,) * len(kept), finish=finish)
 
@@ -132,18 +190,21 @@ class ScriptedEngine:
         if into in self._calls:
             raise fork_onto_session(into)
         if session in self._calls:
-            self._scripts[into], self._calls[into] = self._scripts[session], self._calls[session]
+            self._calls[into] = self._calls[session]
+        if session in self._scripts:
+            self._scripts[into] = self._scripts[session]
 
     def release(self, session: Hashable) -> None:
         """Forget the session: its next call gets the first reply again."""
         self._scripts.pop(session, None)
         self._calls.pop(session, None)
 
-    def _next_reply(self, prompt: str, session: Hashable) -> str:
+    def _next_reply(self, prompt_ids: Sequence[int], session: Hashable) -> str:
         if callable(self._replies):
-            return self._replies(prompt)
+            self._calls[session] = self._calls.get(session, 0) + 1
+            return self._replies(self._codec.decode(prompt_ids))
         if session not in self._scripts:
-            self._scripts[session] = _script(self._replies, prompt)
+            self._scripts[session] = _script(self._replies, self._codec.decode(prompt_ids))
         script, call = self._scripts[session], self._calls.get(session, 0)
         if call >= len(script):
             raise InputError(

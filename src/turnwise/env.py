@@ -1,13 +1,16 @@
 """The environment of one rollout: it speaks first, reads the policy's messages and answers them."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+import inspect
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from turnwise.errors import ConfigError
-from turnwise.protocols import ProtocolName, protocol_named, reply_text
-from turnwise.tools import Tool, call_tools
+from turnwise.protocols import ProtocolName, opening, protocol_named, read_message, reply_messages
+from turnwise.tools import Tool, ToolSession, call_tools
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
 
@@ -22,6 +25,10 @@ class Step:
     """Messages to append before the policy's next turn."""
     stop: Stop | None = None
     """Why the rollout is over; None while it goes on."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """What the environment itself pays for the message, by name, such as `environment`; absent is not 0."""
+    success: bool | None = None
+    """At the end: whether the environment says that the task is solved; None where it does not say."""
 
     @property
     def result(self) -> ToolResult | None:
@@ -32,11 +39,14 @@ class Step:
 class Environment(Protocol):
     """One task, played once, in messages; tokens are none of its business.
 
-    Where rollouts branch, an environment is copied between two steps: by its method `fork() -> Environment` where it
-    has one, else by `copy.deepcopy`. What one copy does afterwards must not show in another.
+    It may have three methods more. `fork() -> Environment`: where rollouts branch, an environment is copied between two
+    steps, by this method or else by `copy.deepcopy`; what one copy does afterwards must not show in another.
+    `state_key() -> str`: a name of the state that it is in, equal for equal states, for methods that compare turns
+    taken in the same state; without it equal replies are taken for equal states. `close()`, async or not: called once
+    the rollout is over, however it ended, perhaps more than once.
     """
 
-    def start(self) -> tuple[Message, ...]:
+    def start(self) -> tuple[Message, ...] | Awaitable[tuple[Message, ...]]:
         """The messages that the policy sees before its first turn."""
         ...
 
@@ -49,6 +59,55 @@ def forked(environment: Environment) -> Environment:
     """A copy of an environment as it stands, which goes on by itself."""
     fork = getattr(environment, "fork", None)
     return copy.deepcopy(environment) if fork is None else fork()
+
+
+async def started(environment: Environment) -> tuple[Message, ...]:
+    """An environment's first messages, awaited where they must be."""
+    messages = environment.start()
+    return await messages if inspect.isawaitable(messages) else messages
+
+
+async def closed(environment: Environment) -> None:
+    """Lets an environment give back what it holds; that this fails changes nothing of what was played."""
+    with contextlib.suppress(Exception):
+        done = getattr(environment, "close", lambda: None)()
+        if inspect.isawaitable(done):
+            await done
+
+
+def state_of(environment: Environment) -> str | None:
+    """The environment's name of its state, or None where it has none."""
+    return getattr(environment, "state_key", lambda: None)()
+
+
+class TurnLimit:
+    """An environment that is left after `max_turns` turns, with stop `max_turns` where it would go on."""
+
+    def __init__(self, environment: Environment, max_turns: int) -> None:
+        self._environment = environment
+        self._turns_left = max_turns
+
+    def start(self) -> tuple[Message, ...] | Awaitable[tuple[Message, ...]]:
+        """The environment's first messages."""
+        return self._environment.start()
+
+    async def step(self, text: str) -> Step:
+        """The environment's step, the last one if it is the last that is granted."""
+        step = await self._environment.step(text)
+        self._turns_left -= 1
+        return step if step.stop or self._turns_left > 0 else dataclasses.replace(step, stop="max_turns", reply=())
+
+    def fork(self) -> "TurnLimit":
+        """A copy with as many turns left."""
+        return TurnLimit(forked(self._environment), self._turns_left)
+
+    def state_key(self) -> str | None:
+        """The environment's name of its state."""
+        return state_of(self._environment)
+
+    async def close(self) -> None:
+        """Closes the environment."""
+        await closed(self._environment)
 
 
 class ToolEnvironment:
@@ -69,32 +128,35 @@ class ToolEnvironment:
         self._protocol.check_tools(tools)
         self._task = task
         self._tools = tools
+        self._session = ToolSession(tools, task)
         self._turns_left = max_turns
 
     def start(self) -> tuple[Message, ...]:
         """The rules as system message, the question as user message."""
-        return (
-            Message(role="system", content=self._protocol.system_prompt(self._tools)),
-            Message(role="user", content=self._task.question),
-        )
+        return opening(self._protocol, self._tools, self._task.question)
 
     async def step(self, text: str) -> Step:
         """Read the message; run its tool calls, all at once, if a later turn can use the results."""
         if self._turns_left == 0:
             raise RuntimeError("an environment plays one rollout; this one has stopped")
         self._turns_left -= 1
-        action = self._protocol.parse(text)
+        action = read_message(self._protocol, text, self._tools)
         stop = _stop(action, last=self._turns_left == 0)
         if stop:
             self._turns_left = 0
             return Step(action=action, stop=stop)
-        results = await call_tools(self._tools, action)
-        reply = reply_text(self._protocol, results, last=self._turns_left == 1)
-        return Step(action=action, results=results, reply=(Message(role="user", content=reply),))
+        results = await call_tools(await self._session.tools(), action)
+        reply = reply_messages(self._protocol, action, results, last=self._turns_left == 1)
+        return Step(action=action, results=results, reply=reply)
 
     def fork(self) -> "ToolEnvironment":
-        """A copy with its own state and the same tools: what a tool itself remembers, all copies see."""
-        return copy.deepcopy(self, {id(shared): shared for shared in (self._task, self._tools)})
+        """A copy with its own state, and copies of the objects of its tools; what a function remembers, all see."""
+        shared = {id(one): one for one in (self._task, self._tools)}
+        return copy.deepcopy(self, {**shared, id(self._session): self._session.fork()})
+
+    async def close(self) -> None:
+        """Closes the objects of its tools."""
+        await self._session.close()
 
 
 def _stop(action: Action, *, last: bool) -> Stop | None:

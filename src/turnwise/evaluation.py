@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,14 +15,28 @@ import torch
 
 from turnwise import atlas, metrics
 from turnwise.chat import Chat
-from turnwise.config import ATLAS_HOPS, TrainConfig, without_judge
+from turnwise.config import (
+    ATLAS,
+    ATLAS_HOPS,
+    TOOL_OPTIONS,
+    TrainConfig,
+    config_from_dict,
+    read_config_file,
+    without_judge,
+)
 from turnwise.cores import in_parallel, parts_at_once
-from turnwise.engine import Engine
+from turnwise.devices import is_offered, placed
+from turnwise.dialogue import EndpointSpeaker, run_dialogues
+from turnwise.endpoint import Client, EndpointConfig, Reply
+from turnwise.engine import Engine, PolicyEngine
 from turnwise.engines.hf import HFEngine
+from turnwise.engines.vllm import VLLMEngine
+from turnwise.env import closed, started
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, unknown_name
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
-from turnwise.protocols import ProtocolName, protocol_named
+from turnwise.protocols import NATIVE, ProtocolName, protocol_named
+from turnwise.records import HUB
 from turnwise.rewards import (
     answer_presence,
     has_final_format,
@@ -30,9 +47,17 @@ from turnwise.rewards import (
 )
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
 from turnwise.rundir import latest_checkpoint, read_config, write_atomically
-from turnwise.setting import Setting, make_setting, make_tools
+from turnwise.setting import (
+    Setting,
+    environment_source,
+    environment_tasks,
+    make_setting,
+    make_tools,
+    played_protocol,
+)
+from turnwise.sources import is_hub_name
 from turnwise.tasks import load_tasks
-from turnwise.types import Rollout, Task
+from turnwise.types import Message, Rollout, Task, ToolResult
 
 Mode = Literal["greedy", "sampled"]
 
@@ -44,35 +69,51 @@ RESAMPLES = 2000
 """Bootstrap resamples behind an interval."""
 
 
-def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName = "tools") -> dict[str, float]:
+def rollout_metrics(task: Task, rollout: Rollout, protocol: ProtocolName | None = "tools") -> dict[str, float]:
     """What is reported of one rollout, by name; `docs/run-format.md` says what each is.
 
-    A metric that a rollout cannot have is absent: `well_called` without calls; the four about searches where
-    the task names no gold articles (its metadata's `articles`) or a tool does not say what it returned; the
-    format measures of the other protocol.
+    A metric that a rollout cannot have is absent: `tokens` without token ids; `well_called` without calls; the four
+    about searches where the task names no gold articles (its metadata's `articles`) or a tool does not say what it
+    returned; the format measures of the other protocol, and with those of tools those of both where `protocol` is None;
+    what compares with answers where the task has none; what an environment pays and says where it does not.
     """
     results = [result for turn in rollout.turns for result in turn.results if not result.error]
-    answer = rollout.answer
-    said = answer if answer is not None else ""
-    golds = list(task.answers)
+    tokens = sum(len(turn.action_ids) for turn in rollout.turns)
     return {
-        "tool_execution": float(bool(results)),
+        **({"tool_execution": float(bool(results))} if protocol else {}),
+        **(_answer_metrics(task, rollout, results) if task.answers else {}),
+        **(_format_metrics(rollout, protocol) if protocol else {}),
+        **_environment_metrics(rollout),
+        "terminated": float(rollout.terminated),
+        "turns": float(len(rollout.turns)),
+        **({"tokens": float(tokens)} if tokens or not rollout.turns else {}),
+        **_call_metrics(task, rollout),
+    }
+
+
+def _answer_metrics(task: Task, rollout: Rollout, results: Sequence[ToolResult]) -> dict[str, float]:
+    """How answer and results compare with the task's answers."""
+    answer, golds = rollout.answer, list(task.answers)
+    said = answer if answer is not None else ""
+    return {
         "answer_in_results": max((metrics.answer_presence(r.text, golds) for r in results), default=0.0),
         "exact_match": 0.0 if answer is None else metrics.exact_match(said, golds),
         "exact_match_paper": 0.0 if answer is None else metrics.exact_match(said, golds, "paper"),
         "f1": 0.0 if answer is None else metrics.f1(said, golds),
         "answer_presence": answer_presence(task, rollout),
         "answered": float(answer is not None),
-        **_format_metrics(rollout, protocol),
-        "terminated": float(rollout.terminated),
-        "turns": float(len(rollout.turns)),
-        "tokens": float(sum(len(turn.action_ids) for turn in rollout.turns)),
-        **_call_metrics(task, rollout),
     }
 
 
+def _environment_metrics(rollout: Rollout) -> dict[str, float]:
+    """The unweighted sum of what the environment paid as `environment`, and whether it says that the task is solved."""
+    paid = [turn.rewards["environment"] for turn in rollout.turns if "environment" in turn.rewards]
+    solved = {} if rollout.success is None else {"success": float(rollout.success)}
+    return {**({"environment_return": sum(paid)} if paid else {}), **solved}
+
+
 def _format_metrics(rollout: Rollout, protocol: ProtocolName) -> dict[str, float]:
-    """The paper's two measures of version 1 for protocol `tools`, its two rules of version 2 for `search`."""
+    """The paper's two measures of version 1 for protocol `tools`, its two rules of version 2 for the others."""
     form = protocol_named(protocol)
     if protocol == "tools":
         return {"xml_format": xml_format(rollout, form), "tag_usage": tag_usage(rollout, form)}
@@ -107,7 +148,7 @@ def _call_metrics(task: Task, rollout: Rollout) -> dict[str, float]:
     }
 
 
-def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools") -> dict[str, float]:
+def mean_metrics(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName | None = "tools") -> dict[str, float]:
     """Each metric's mean over the rollouts that have it; those that an environment's failure ended are left out."""
     rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs if rollout.stop != "error"]
     return {name: float(np.mean(values)) for name, values in _columns(rows).items()}
@@ -140,8 +181,10 @@ class Evaluation:
     records: Sequence[tuple[Task, Rollout]]
     judge: Mapping[str, float] = field(default_factory=dict)
     """Cost and disagreement of the judge (see `judge_metrics`); empty without one."""
-    protocol: ProtocolName = "tools"
-    """The tags in which the questions were played."""
+    protocol: ProtocolName | None = "tools"
+    """The tags in which the questions were played; None in an environment that has none."""
+    endpoint: Mapping[str, float] = field(default_factory=dict)
+    """Requests to an endpoint and what they took; empty for a policy of our own."""
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0) -> Estimate:
@@ -189,34 +232,101 @@ def play(
     limits: Limits,
     mode: Mode = "greedy",
     seed: Sequence[int] = (0,),
+    samples: int = 1,
 ) -> list[tuple[Task, Rollout]]:
-    """Each question once, scored; judged too where the setting has a judge."""
+    """`samples` rollouts of each question, scored; judged too where the setting has a judge."""
     temperature = 0.0 if mode == "greedy" else setting.config.temperature
-    groups = draw(tasks, setting, engines, chat, limits=limits, temperature=temperature, seed=seed)
-    played = [(task, group[0]) for task, group in zip(tasks, groups, strict=True)]
-    return list(zip(tasks, setting.all_scored(played), strict=True))
+    groups = draw(tasks, setting, engines, chat, limits=limits, temperature=temperature, seed=seed, group_size=samples)
+    return _scored(tasks, groups, setting)
+
+
+def play_endpoint(
+    tasks: Sequence[Task],
+    setting: Setting,
+    endpoint: EndpointConfig,
+    *,
+    max_turn_tokens: int,
+    mode: Mode = "greedy",
+    seed: Sequence[int] = (0,),
+    samples: int = 1,
+) -> tuple[list[tuple[Task, Rollout]], dict[str, float]]:
+    """As `play`, by the model behind an endpoint; and what that took."""
+    client, started = Client(endpoint), time.perf_counter()
+    with ThreadPoolExecutor(endpoint.concurrency) as pool:
+        speaker = EndpointSpeaker(client, pool, protocol_named(setting.config.protocol))
+        groups = awaited(
+            run_dialogues(
+                tasks,
+                setting.environment,
+                speaker,
+                samples=samples,
+                max_turn_tokens=max_turn_tokens,
+                temperature=0.0 if mode == "greedy" else setting.config.temperature,
+                seed=seed,
+            )
+        )
+    return _scored(tasks, groups, setting), _costs(speaker.replies, time.perf_counter() - started)
+
+
+def _scored(tasks: Sequence[Task], groups: Sequence[Sequence[Rollout]], setting: Setting) -> list[tuple[Task, Rollout]]:
+    """The rollouts of each task, with their rewards, in one list."""
+    played = [(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group]
+    return list(zip([task for task, _ in played], setting.all_scored(played), strict=True))
+
+
+def _costs(replies: Sequence[Reply], seconds: float) -> dict[str, float]:
+    return {
+        "requests": float(len(replies)),
+        "retried": float(sum(reply.retried for reply in replies)),
+        "prompt_tokens": float(sum(reply.prompt_tokens for reply in replies)),
+        "completion_tokens": float(sum(reply.completion_tokens for reply in replies)),
+        "seconds": round(seconds, 3),
+    }
 
 
 def summarised(
-    name: str, mode: Mode, pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName = "tools"
+    name: str,
+    mode: Mode,
+    pairs: Sequence[tuple[Task, Rollout]],
+    protocol: ProtocolName | None = "tools",
+    *,
+    pass_at: Sequence[int] = (),
+    endpoint: Mapping[str, float] | None = None,
 ) -> Evaluation:
-    """The evaluation of played questions."""
+    """The evaluation of played questions. Rollouts of one question are its samples; intervals are over questions.
+
+    A metric `pass@K` is added for each K in `pass_at`: of exact match, over the questions with so many samples.
+    """
     counted = [(task, rollout) for task, rollout in pairs if rollout.stop != "error"]
     kinds = dict.fromkeys(task.kind for task, _ in counted)
     return Evaluation(
         name=name,
         mode=mode,
-        metrics=_estimates(counted, protocol),
-        by_kind={kind: _estimates([p for p in counted if p[0].kind == kind], protocol) for kind in kinds},
+        metrics=_estimates(counted, protocol, pass_at),
+        by_kind={kind: _estimates([p for p in counted if p[0].kind == kind], protocol, pass_at) for kind in kinds},
         records=pairs,
         judge=judge_metrics(pairs),
         protocol=protocol,
+        endpoint=endpoint or {},
     )
 
 
-def _estimates(pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName) -> dict[str, Estimate]:
-    rows = [rollout_metrics(task, rollout, protocol) for task, rollout in pairs]
-    return {name: bootstrap(values) for name, values in _columns(rows).items()}
+def _estimates(
+    pairs: Sequence[tuple[Task, Rollout]], protocol: ProtocolName | None, pass_at: Sequence[int]
+) -> dict[str, Estimate]:
+    """Each metric's estimate, from every question's mean over its samples."""
+    by_question: dict[str, list[dict[str, float]]] = {}
+    for task, rollout in pairs:
+        by_question.setdefault(task.id, []).append(rollout_metrics(task, rollout, protocol))
+    questions = [_question_metrics(rows, pass_at) for rows in by_question.values()]
+    return {name: bootstrap(values) for name, values in _columns(questions).items()}
+
+
+def _question_metrics(rows: Sequence[Mapping[str, float]], pass_at: Sequence[int]) -> dict[str, float]:
+    """Means over a question's samples, and the chances that one of k of them passes: by exact match, or by success."""
+    correct = round(sum(row.get("exact_match", row.get("success", 0.0)) for row in rows))
+    passed = {f"pass@{k}": metrics.pass_at(k, samples=len(rows), correct=correct) for k in pass_at if k <= len(rows)}
+    return {**{name: float(np.mean(values)) for name, values in _columns(rows).items()}, **passed}
 
 
 def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
@@ -231,6 +341,7 @@ def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
         "metrics": plain(evaluation.metrics),
         "by_kind": {kind: plain(found) for kind, found in evaluation.by_kind.items()},
         **({"judge": dict(evaluation.judge)} if evaluation.judge else {}),
+        **({"endpoint": dict(evaluation.endpoint)} if evaluation.endpoint else {}),
     }
 
 
@@ -251,32 +362,75 @@ def evaluate(
     seed: int = 0,
     name: str | None = None,
     judge: bool = True,
+    samples: int = 1,
+    pass_at: Sequence[int] = (),
+    endpoint: EndpointConfig | None = None,
+    engine: Literal["hf", "vllm"] | None = None,
+    max_turn_tokens: int | None = None,
+    environment: str | None = None,
+    max_turns: int | None = None,
 ) -> Evaluation:
-    """How well a policy answers questions: each one once, with bootstrap intervals.
+    """How well a policy answers questions, with bootstrap intervals.
 
     `run` is a run directory, a checkpoint folder, "embedded" or "embedded-search"; it plays with its run's tools and
     rewards. `tasks` are questions, a file of them, "atlas" or "atlas-two-hop"; by default those of the run, of which
     `split` chooses (by default "test" of the atlas and "validation" of a file). `limit` takes that many, evenly spaced.
-    A run's judge is asked too, unless `judge` is False. Raises RunError where every rollout failed.
+    A run's judge is asked too, unless `judge` is False. With `environment` it plays there instead, see
+    `docs/environments.md`, on that environment's tasks, and for `max_turns` turns where that is given. Raises RunError
+    where every rollout failed.
+
+    Each question is played `samples` times; `pass_at` names the k of pass@k. `engine` and `max_turn_tokens` replace the
+    run's own. With `endpoint`, the model there plays in the place of the run's policy, and `run` may also be a file of
+    options.
     """
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
-    policy, config = run_policy(run, checkpoint)
+    _check_samples(samples, pass_at, mode)
+    policy, config = (None, _spoken(run_config(run))) if endpoint else run_policy(run, checkpoint)
+    replaced = {"engine": engine, "max_turn_tokens": max_turn_tokens}
+    config = dataclasses.replace(config, **{name: value for name, value in replaced.items() if value is not None})
     if not judge:
         config = without_judge(config)
+    config = elsewhere(config, environment, max_turns)
     if config.judge:
         check_judge(config.judge, "leave it out with --no-judge (in Python judge=False)")
     chosen, called = _chosen_tasks(config, tasks, split)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be >= 1; got {limit}; leave it out to play every question")
     setting = _setting(config, spread(chosen, limit or len(chosen)))
-    limits = rollout_limits(config, policy)
-    check_prompts(setting, policy, limits)
-    engines = make_engines(policy, config)
-    pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, mode=mode, seed=(seed,))
-    evaluation = summarised(name or called, mode, pairs, config.protocol)
+    how: Any = {"mode": mode, "seed": (seed,), "samples": samples}
+    costs: Mapping[str, float] = {}
+    if endpoint:
+        called = f"{called}-{re.sub(r'[^a-zA-Z0-9.]+', '-', endpoint.model).strip('-.')}"
+        pairs, costs = play_endpoint(
+            setting.validation, setting, endpoint, max_turn_tokens=config.max_turn_tokens, **how
+        )
+    else:
+        assert policy is not None
+        limits = rollout_limits(config, policy)
+        check_prompts(setting, policy, limits)
+        engines = make_engines(policy, config)
+        pairs = play(setting.validation, setting, engines, policy.chat, limits=limits, **how)
+    evaluation = summarised(name or called, mode, pairs, config.tag_protocol, pass_at=pass_at, endpoint=costs)
     if not evaluation.metrics:
-        raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the tools")
+        mended = "environment" if config.environment else "tools"
+        raise RunError(f"rollouts must not all fail; all {len(pairs)} did: {pairs[0][1].error}; mend the {mended}")
     return evaluation
+
+
+def _spoken(config: TrainConfig) -> TrainConfig:
+    """The configuration for an endpoint, whose calls are in OpenAI's shape: what protocol records them is no matter."""
+    return dataclasses.replace(config, protocol="hermes") if config.protocol == NATIVE else config
+
+
+def _check_samples(samples: int, pass_at: Sequence[int], mode: Mode) -> None:
+    """Raises ConfigError for numbers of samples that there cannot be, or that would all be alike."""
+    if samples < 1 or any(not 1 <= k <= samples for k in pass_at):
+        raise ConfigError(
+            f"samples must be >= 1, and pass-at between 1 and samples; got {samples} and "
+            f"{', '.join(map(str, pass_at)) or 'none'}; draw at least as many samples as the largest pass-at"
+        )
+    if samples > 1 and mode == "greedy":
+        raise ConfigError("samples must go with mode sampled: greedy ones are all alike; give mode sampled")
 
 
 def rollouts(
@@ -318,6 +472,18 @@ def rollouts(
     ]
 
 
+def elsewhere(config: TrainConfig, environment: str | None, max_turns: int | None) -> TrainConfig:
+    """The configuration in another environment, which pays what it pays by default, and with other `max_turns`."""
+    if max_turns is not None:
+        config = dataclasses.replace(config, max_turns=max_turns, branches=())
+    if environment is None:
+        return config
+    given = {name: getattr(TrainConfig, name) for name in (*TOOL_OPTIONS, "tasks", "validation_tasks", "rewards")}
+    return dataclasses.replace(
+        without_judge(config), **given, reward_weights=None, branches=(), environment=environment
+    )
+
+
 def _check_names(**given: str | None) -> None:
     """Raises ConfigError for an option that is none of the names that it can be; None is no choice."""
     for option, name in given.items():
@@ -328,15 +494,16 @@ def _check_names(**given: str | None) -> None:
 def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy, TrainConfig]:
     """A run's policy and configuration.
 
-    Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, and of "embedded", the
-    default one; of "embedded-search", that of an agent that searches several times. Raises InputError or RunError where
-    there is no such run or it has no such checkpoint.
+    Of a checkpoint folder inside a run, the run's configuration; of any other checkpoint, a model of the hub, and
+    "embedded", the default one; of "embedded-search", that of an agent that searches several times. Raises InputError
+    or RunError where there is no such run or it has no such checkpoint.
     """
     _check_names(checkpoint=checkpoint)
     folder = Path(run)
     if str(run) in EMBEDDED:
-        search = TrainConfig(protocol="search", tasks="atlas-two-hop", max_turns=SEARCH_TURNS)
-        return load_policy(run), search if str(run) == "embedded-search" else TrainConfig()
+        return load_policy(run), _embedded_config(str(run))
+    if is_hub_name(run):
+        return load_policy(run), TrainConfig(policy=str(run))
     if not folder.is_dir():
         raise InputError(
             f"a run must be a run directory, a checkpoint folder or {' or '.join(EMBEDDED)}; {str(run)!r} is no "
@@ -346,14 +513,37 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
     if is_run(folder):
         best = checkpoint == "best" and (folder / "best").is_dir()
         source = folder / "best" if best else latest_checkpoint(folder)[0]
-        return load_policy(source), read_config(folder)
+        config = read_config(folder)
+        return place(load_policy(source), config), config
     if _is_begun(folder):
         raise RunError(
             f"{run} must be a run with metrics; it has a configuration but no metrics.jsonl, as its training stopped "
             f"before the first validation, or the file is lost; train it: turnwise train --resume --out {run}"
         )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
-    return load_policy(folder), read_config(above[0]) if above else TrainConfig()
+    config = read_config(above[0]) if above else TrainConfig(policy=str(folder))
+    return place(load_policy(folder), config), config
+
+
+def _embedded_config(name: str) -> TrainConfig:
+    if name == "embedded-search":
+        return TrainConfig(protocol="search", tasks="atlas-two-hop", max_turns=SEARCH_TURNS)
+    return TrainConfig()
+
+
+def run_config(source: str | Path) -> TrainConfig:
+    """The configuration of a run, without its policy: of a run directory, an embedded policy, or a file of options."""
+    if str(source) in EMBEDDED:
+        return _embedded_config(str(source))
+    path = Path(source)
+    if path.is_file():
+        return config_from_dict(read_config_file(path), str(path))
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"a run must be a run directory, a file of options or {' or '.join(EMBEDDED)}; got {str(source)!r}; check "
+            "the path"
+        )
+    return read_config(path)
 
 
 def is_run(folder: Path) -> bool:
@@ -393,6 +583,10 @@ def _chosen_tasks(
     config: TrainConfig, tasks: str | Path | Sequence[Task] | None, split: atlas.Split | None
 ) -> tuple[Sequence[Task], str]:
     """The questions to play, and what they are called."""
+    source = environment_source(config)
+    if source and (tasks is None or isinstance(tasks, str)) and (tasks or config.tasks) == ATLAS:
+        split = split or "test"
+        return environment_tasks(source, ATLAS, split), split
     if tasks is None and config.tasks not in ATLAS_HOPS:
         setting = make_setting(without_judge(config))
         if split == "test":
@@ -411,17 +605,29 @@ def _chosen_tasks(
         return atlas.tasks(split, hops=hops), split if hops == 1 else f"two-hop-{split}"
     if split:
         raise ConfigError(f"split must be left out where tasks are a file, all of which is played; got {split!r}")
-    return load_tasks(tasks), Path(tasks).name.split(".jsonl")[0]
+    own = str(tasks) in (config.tasks, config.validation_tasks)
+    columns = config.column_names if own else None
+    found = load_tasks(tasks, columns=columns, split="test", answered=source is None)
+    return found, source_name(str(tasks))
+
+
+def source_name(source: str) -> str:
+    """What a source of tasks is called in the name of a file."""
+    name = source.removeprefix(HUB) if source.startswith(HUB) else Path(source).name
+    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(jsonl?|parquet)(\.gz)?$", "", name)).strip("-.") or "tasks"
 
 
 def _setting(config: TrainConfig, tasks: Sequence[Task]) -> Setting:
     """A configuration's tools and rewards with other questions."""
+    config = dataclasses.replace(config, protocol=played_protocol(config))
+    source = environment_source(config)
     return Setting(
         config=config,
         train=(),
         validation=tasks,
-        tools=make_tools(config, tasks if any(task.answers for task in tasks) else ()),
+        tools={} if source else make_tools(config, tasks if any(task.answers for task in tasks) else ()),
         rewards=load_rewards(config.rewards) if config.rewards else {},
+        source=source,
     )
 
 
@@ -434,17 +640,36 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
     )
 
 
+def place(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy on the configuration's device and in its dtype; where there is no such device, on another."""
+    device = config.device if is_offered(config.device) else "auto"
+    placed(policy.model, device=device, dtype=config.dtype, recompute=config.gradient_checkpointing)
+    return policy
+
+
 def make_engine(policy: Policy, *, max_rows: int = 256) -> HFEngine:
     """The in-process engine over a policy. Its memory grows with the rollouts alive at once, `max_rows` at most."""
-    return HFEngine(policy.model, stop_ids=[policy.chat.end_id], max_rows=max_rows, max_context=policy.context)
+    return HFEngine(policy.model, stop_ids=policy.chat.stop_ids, max_rows=max_rows, max_context=policy.context)
 
 
-def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[HFEngine]:
+def make_engines(policy: Policy, config: TrainConfig, *, max_rows: int = 256) -> list[PolicyEngine]:
     """As many engines as play at the same time: one per thread for a small policy, with `max_rows` in all.
 
-    A user's tools are called from one thread alone, so with them there is one engine.
+    With a user's tools, and in environments from elsewhere, there is one engine, so that what is called inline is
+    called from one thread alone. vLLM is one, too.
     """
-    count = 1 if config.tools else parts_at_once(policy.model, config.threads or torch.get_num_threads())
+    if config.engine == "vllm":
+        return [
+            VLLMEngine(
+                policy.model,
+                stop_ids=policy.chat.stop_ids,
+                max_rows=max_rows,
+                max_context=policy.context,
+                memory_share=config.vllm_memory_share,
+            )
+        ]
+    own = config.tools or config.environment
+    count = 1 if own else parts_at_once(policy.model, config.threads or torch.get_num_threads())
     return [make_engine(policy, max_rows=-(-max_rows // count)) for _ in range(count)]
 
 
@@ -456,13 +681,19 @@ def spread(tasks: Sequence[Task], count: int) -> list[Task]:
 
 
 def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
-    """Raises ConfigError where prompt and turns together cannot fit the policy's context."""
+    """Raises ConfigError where prompt and turns together cannot fit the policy's context.
+
+    Of an environment from elsewhere the first tasks are looked at alone, since starting it may take long. Raises
+    InputError where it does not start.
+    """
     turns, chat = limits.max_turns, policy.chat
     replies = (turns - 1) * chat.empty_reply_length
     reserved = turns * limits.max_turn_tokens + replies
-    for task in (*setting.train, *setting.validation):
-        messages = setting.environment(task).start()
-        if sum(len(m.content.encode()) for m in messages) + len(messages) * FRAME + reserved <= limits.context:
+    tasks = (*setting.train, *setting.validation)
+    for task in (*setting.train[:1], *setting.validation[:1]) if setting.source else tasks:
+        messages = awaited(opening(setting, task))
+        most = sum(len(m.content.encode()) for m in messages) + len(messages) * FRAME
+        if chat.template is None and most + reserved <= limits.context:
             continue  # no text has more tokens than bytes
         length = len(chat.prompt_ids(messages))
         needed = length + turns * limits.max_turn_tokens + replies
@@ -472,3 +703,19 @@ def check_prompts(setting: Setting, policy: Policy, limits: Limits) -> None:
                 f"{length} + {turns} x {limits.max_turn_tokens} + {replies} = {needed}; shorten the question, or "
                 "lower max-turn-tokens or max-turns"
             )
+
+
+async def opening(setting: Setting, task: Task) -> tuple[Message, ...]:
+    """The first messages of a task."""
+    environment = setting.environment(task)
+    try:
+        return await started(environment)
+    except Exception as error:
+        if setting.source is None:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"the environment {setting.source.name} must start; got {text} for task {task.id!r}; mend it, or the task"
+        ) from error
+    finally:
+        await closed(environment)

@@ -10,25 +10,21 @@ which it could leave its string or pass for a chat template's special token.
 
 import asyncio
 import dataclasses
-import functools
 import hashlib
-import http.client
 import json
 import os
 import re
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from turnwise.endpoint import Client, EndpointConfig, EndpointFailure, short
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.rewards import exact_match
 from turnwise.rollout import awaited
@@ -39,9 +35,6 @@ Kind = Literal["turn", "outcome"]
 
 LOWEST: Mapping[Kind, float] = {"turn": -1.0, "outcome": 0.0}
 """The lowest score of each kind; the highest is 1."""
-MAX_REPLY_BYTES = 4_000_000
-MAX_PAUSE_S = 30.0
-"""The longest pause before a request is repeated, whatever the endpoint asks for."""
 TAIL = 4_000
 """Scores are looked for in so many last characters of a reply."""
 FRAME = """
@@ -55,78 +48,35 @@ Reason first, in a few sentences. Then end the reply with one JSON list of {mean
 in the form {form}, and write nothing after it.
 """
 AGAIN = "This was an {fault}. Reply again, with nothing but the JSON list of {meaning}."
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _OWN_TAGS = r"/?(?:think|reasoning|search|tool|information|result|answer)>"
 _UNSAFE = re.compile(rf"<(?!{_OWN_TAGS})|\[|\]")
 """How special tokens of chat templates begin; the tags of the agent's own protocol stay readable."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class JudgeConfig(EndpointConfig):
     """Whom to ask, and for what."""
 
-    url: str
-    """The endpoint, with or without `/chat/completions`: http://127.0.0.1:8000/v1."""
-    model: str
-    """The endpoint's name for the judge."""
+    OPTIONS: ClassVar[Mapping[str, str]] = {"url": "judge-url", "model": "judge-model", "key_env": "judge-key-env"}
+
     turns: bool = True
     """Whether to ask for a score of every turn."""
     outcome: bool = True
     """Whether to ask for a score of the final answer."""
-    key_env: str | None = None
-    """The environment variable that holds the endpoint's key; None sends none. The key itself is written nowhere."""
     turn_rubric: Path | None = None
     """A text file instead of the built-in rubric for turns."""
     outcome_rubric: Path | None = None
     """A text file instead of the built-in rubric for outcomes."""
-    concurrency: int = 8
-    """Most requests at once."""
-    timeout_s: float = 30.0
-    """Seconds that one request may take."""
     cache: Path | None = None
     """Folder of replies; by default `turnwise/judge` in the user's cache folder."""
-    attempts: int = 4
-    """How often one request is made at most, where the connection or the server fails."""
-    backoff_s: float = 0.5
-    """The first pause before a request is repeated; each further one is twice as long."""
     max_tokens: int = 2048
     """Most tokens of a reply."""
-
-    def __post_init__(self) -> None:
-        _check_url(self.url)
-        if not isinstance(self.model, str) or not self.model.strip():
-            raise ConfigError(f"judge-model must name the endpoint's model; got {self.model!r}; give its name")
-        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(self.key_env)):
-            raise ConfigError(  # it may be the key itself, so it is not repeated
-                "judge-key-env must be the name of an environment variable, not the key; got something else; put the "
-                "key into a variable and give the variable's name"
-            )
-        if self.concurrency < 1 or self.attempts < 1 or not self.timeout_s > 0 or self.backoff_s < 0:
-            raise ConfigError(
-                "a judge's concurrency and attempts must be >= 1, its timeout_s > 0 and backoff_s >= 0; got "
-                f"{self.concurrency}, {self.attempts}, {self.timeout_s} and {self.backoff_s}; give such numbers"
-            )
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What the judge is asked for."""
         asked: tuple[tuple[Kind, bool], ...] = (("turn", self.turns), ("outcome", self.outcome))
         return tuple(kind for kind, wanted in asked if wanted)
-
-
-def _check_url(url: Any) -> None:
-    try:
-        parts = urllib.parse.urlsplit(url if isinstance(url, str) and url.isascii() and " " not in url else "")
-        host, _ = parts.hostname, parts.port
-        fits = parts.scheme in ("http", "https") and host and not (parts.query or parts.fragment or "@" in parts.netloc)
-    except ValueError:
-        fits = False
-    if not fits:
-        shown = "one with a name or password" if "@" in str(url) else repr(url)
-        raise ConfigError(
-            f"judge-url must be an http:// or https:// address without a password, ? or #; got {shown}; write for "
-            "example http://127.0.0.1:8000/v1, and name the key's variable with judge-key-env"
-        )
 
 
 # ----------------------------------------------------------------------- what the rest of turnwise calls
@@ -139,12 +89,12 @@ async def judge_rollouts(pairs: Sequence[tuple[Task, Rollout]], config: JudgeCon
     requests in a row have come to nothing, the rest is not asked. Raises InputError or ConfigError for a rubric or key
     that cannot be read, RunError where the cache cannot be written.
     """
-    client = _Client(config)
-    asked = [[client.question(kind, *pair) for kind in config.kinds] if pair[1].turns else [] for pair in pairs]
+    judge = _Judge(config)
+    asked = [[judge.question(kind, *pair) for kind in config.kinds] if pair[1].turns else [] for pair in pairs]
     distinct = {question.key: question for questions in asked for question in questions}
     loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(config.concurrency)
     try:
-        jobs = [loop.run_in_executor(pool, client.reply, question) for question in distinct.values()]
+        jobs = [loop.run_in_executor(pool, judge.reply, question) for question in distinct.values()]
         replies = dict(zip(distinct, await asyncio.gather(*jobs), strict=True))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -230,10 +180,10 @@ def check_judge(config: JudgeConfig, remedy: str = "correct judge-url, judge-mod
 
     `remedy` is what its message advises, besides starting the judge.
     """
-    client = _Client(config)
+    judge = _Judge(config)
     try:
-        client.complete([{"role": "user", "content": "Reply with the word ready."}], max_tokens=16)
-    except _Failed as failure:
+        judge.client.complete([{"role": "user", "content": "Reply with the word ready."}], temperature=0, max_tokens=16)
+    except EndpointFailure as failure:
         raise ConfigError(
             f"the judge must be reachable; {config.model} at {config.url} is not ({failure}); start it, or {remedy}"
         ) from failure
@@ -320,7 +270,7 @@ def _checked_scores(values: Sequence[Any], lowest: float) -> tuple[float, ...]:
     for value in values:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (number and lowest <= value <= 1):  # false for NaN too
-            raise ValueError(f"its scores must be numbers from {lowest:g} to 1; one is {_short(repr(value), 40)}")
+            raise ValueError(f"its scores must be numbers from {lowest:g} to 1; one is {short(repr(value), 40)}")
     return tuple(map(float, values))
 
 
@@ -337,13 +287,6 @@ def _last_list(text: str) -> list[Any] | None:
                 return found
         place = text.find("[", end)
     return None
-
-
-def _short(text: str, length: int = 200) -> str:
-    """Text on one line that any terminal can print, cut."""
-    line = " ".join(text.split())
-    cut = line if len(line) <= length else line[:length] + "..."
-    return cut.encode("utf-8", "backslashreplace").decode()
 
 
 # ------------------------------------------------------------------------------------------- asking
@@ -394,52 +337,20 @@ def _judgement(replies: Mapping[Kind, _Reply]) -> Judgement:
     )
 
 
-class _Failed(Exception):
-    """The endpoint gave no reply."""
-
-    def __init__(self, text: str, *, retried: int = 0, lasting: bool = False, pause_s: float = 0.0) -> None:
-        super().__init__(text)
-        self.retried = retried
-        self.lasting = lasting
-        """Whether the same request would fail again."""
-        self.pause_s = pause_s
-        """How long the endpoint wants to be left alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Completion:
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    retried: int
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: it would take the key to another address."""
-
-    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
-        return None
-
-
-class _Client:
-    """One endpoint, used from several threads."""
+class _Judge:
+    """One judge, used from several threads: what it is asked, what it said before, what it says."""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
-        base = config.url.rstrip("/")
-        self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
-        self.key = _key(config.key_env)
+        self.client = Client(config)
         paths = {"turn": config.turn_rubric, "outcome": config.outcome_rubric}
         self.rubrics = {kind: rubric_text(kind, paths[kind]) for kind in config.kinds}
-        local = urllib.parse.urlsplit(self.url).hostname in _LOCAL_HOSTS
-        self.opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
         self.cache = Path(config.cache or default_cache() / "judge")
-        self.lock = threading.Lock()
-        self.failed_in_a_row = 0
+        self.fields = {"temperature": 0, "max_tokens": config.max_tokens}
 
     def question(self, kind: Kind, task: Task, rollout: Rollout) -> _Question:
         messages = judge_messages(kind, self.rubrics[kind], task, rollout)
-        content = f"{self.url}\n{self._body(messages, self.config.max_tokens).decode()}"
+        content = f"{self.client.url}\n{self.client.body(messages, **self.fields).decode()}"
         key = hashlib.sha256(content.encode()).hexdigest()
         return _Question(kind=kind, count=_count(kind, rollout), messages=messages, key=key)
 
@@ -463,8 +374,8 @@ class _Client:
     def _new(self, question: _Question, messages: Sequence[Mapping[str, str]]) -> _Reply:
         """One reply, kept if it can be used."""
         try:
-            completion = self.complete(messages)
-        except _Failed as failure:
+            completion = self.client.complete(messages, **self.fields)
+        except EndpointFailure as failure:
             return _Reply(error=str(failure), retried=failure.retried)
         scores, error = None, None
         try:
@@ -479,79 +390,6 @@ class _Client:
             retried=completion.retried,
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
-        )
-
-    # --- requests
-
-    def complete(self, messages: Sequence[Mapping[str, str]], max_tokens: int | None = None) -> _Completion:
-        """The model's reply to a conversation; failures that may pass are tried again. Raises _Failed."""
-        body = self._body(messages, max_tokens or self.config.max_tokens)
-        for attempt in range(self.config.attempts):
-            if self.failed_in_a_row >= max(self.config.concurrency, 4):
-                raise _Failed(
-                    f"not asked, as {self.failed_in_a_row} requests in a row came to nothing", retried=attempt
-                )
-            try:
-                answer = self._post(body)
-            except _Failed as failure:
-                failure.retried = attempt
-                if failure.lasting:
-                    raise
-                if attempt + 1 == self.config.attempts:
-                    self._count(failed=True)
-                    raise
-                time.sleep(min(MAX_PAUSE_S, max(failure.pause_s, self.config.backoff_s * 2**attempt)))
-            else:
-                self._count(failed=False)
-                return _completion(answer, attempt)
-        raise AssertionError("every attempt returns or raises")
-
-    def _count(self, *, failed: bool) -> None:
-        with self.lock:
-            self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
-
-    def _body(self, messages: Sequence[Mapping[str, str]], max_tokens: int) -> bytes:
-        request = {"model": self.config.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
-        return json.dumps(request).encode()
-
-    def _post(self, body: bytes) -> Any:
-        """The endpoint's answer as JSON, None where it is none. Raises _Failed."""
-        headers = {"Content-Type": "application/json", "User-Agent": "turnwise"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url, body, headers)
-        deadline = time.monotonic() + self.config.timeout_s
-        try:
-            with self.opener.open(request, timeout=self.config.timeout_s) as response:
-                content = _read(response, deadline)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refused(error) from error
-        except TimeoutError as error:
-            raise _Failed(f"no answer within {self.config.timeout_s:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            if isinstance(reason, TimeoutError):
-                raise _Failed(f"no answer within {self.config.timeout_s:g} s") from error
-            raise _Failed(_short(f"no connection: {reason or type(error).__name__}")) from error
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError):
-            return None
-
-    def _refused(self, error: urllib.error.HTTPError) -> _Failed:
-        """What an error status says, without the key should the endpoint repeat it."""
-        try:
-            said = error.read1(2000).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException, ValueError):
-            said = ""
-        if self.key:
-            said = said.replace(self.key, "***")
-        asked = error.headers.get("Retry-After") or ""
-        return _Failed(
-            f"status {error.code}" + (f": {_short(said)}" if said.strip() else ""),
-            lasting=error.code != 429 and error.code < 500,
-            pause_s=float(asked) if re.fullmatch(r"[0-9]{1,6}", asked) else 0.0,
         )
 
     # --- replies on disk
@@ -582,49 +420,6 @@ class _Client:
                 f"the folder of the judge's replies must be writable; writing {file} failed ({error.strerror}); name "
                 "another with judge-cache"
             ) from error
-
-
-def _key(name: str | None) -> str | None:
-    """The key in an environment variable. ConfigError, without the key, where there is none that can be sent."""
-    if name is None:
-        return None
-    key = os.environ.get(name, "").strip()
-    if not re.fullmatch(r"[!-~]+", key):
-        what = "holds characters that cannot be sent" if key else "is not set"
-        raise ConfigError(f"judge-key-env must name a variable that holds the key; {name} {what}; set it")
-    return key
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body; TimeoutError where it comes too slowly, OSError where it is too large or breaks off."""
-    parts, size = [], 0
-    for part in iter(functools.partial(response.read1, 65536), b""):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > MAX_REPLY_BYTES:
-            raise OSError(f"the answer is larger than {MAX_REPLY_BYTES} bytes")
-    if response.length:
-        raise OSError("the answer broke off")
-    return b"".join(parts)
-
-
-def _completion(answer: Any, retried: int) -> _Completion:
-    """The text and token counts in an endpoint's answer; no text where it has another shape."""
-    try:
-        text = answer["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        text = ""
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-    prompt, completion = (n if isinstance(n, int) and n > 0 else 0 for n in counts)
-    return _Completion(
-        text=text if isinstance(text, str) else "",
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        retried=retried,
-    )
 
 
 def _asked_again(question: _Question, reply: str, fault: str) -> list[dict[str, str]]:

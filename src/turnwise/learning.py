@@ -11,6 +11,7 @@ from turnwise.config import TrainConfig
 from turnwise.cores import in_parallel
 from turnwise.critic import Critic, token_values
 from turnwise.errors import RunError
+from turnwise.lora import without_adapter
 from turnwise.loss import Ratio, policy_loss, value_loss
 from turnwise.policy import Policy, token_logprobs, token_states
 from turnwise.rollout import rollout_seed
@@ -82,14 +83,18 @@ def _optimise(
     live = distinct_rows(row for row in rows if reference or critic or np.any(row.advantages[row.loss]))
     targets = _num_targets(rows) if critic else None
     sums: dict[str, float] = {}
-    learned = [*(policy.model.parameters() if policy_learns else ()), *(critic.parameters if critic else ())]
+    learned = [*(policy.learned if policy_learns else ()), *(critic.parameters if critic else ())]
 
-    def computed(batch: MicroBatch) -> tuple[dict[str, float], Sequence[torch.Tensor | None]]:
+    def computed(
+        item: tuple[MicroBatch, torch.Tensor | None],
+    ) -> tuple[dict[str, float], Sequence[torch.Tensor | None]]:
         """A micro-batch's share of the sums, and its gradients where they are not added as they are found."""
+        batch, ref_logprobs = item
+        batch = batch.to(policy.model.device)
         states = token_states(policy.model, batch) if policy_learns else None
         found, losses = {}, []
         if states is not None:
-            losses.append(_policy_loss(policy, states, batch, config, reference, found))
+            losses.append(_policy_loss(policy, states, batch, config, ref_logprobs, found))
         if critic and targets is not None:
             losses.append(_value_loss(critic, states, batch, targets, config, found))
         if at_once > 1:
@@ -97,8 +102,9 @@ def _optimise(
         torch.autograd.backward(losses)
         return found, ()
 
-    batches = micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id)
-    for found, gradients in in_parallel(computed, batches, at_once=at_once):
+    batches = list(micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id))
+    references = _reference_logprobs(reference if policy_learns else None, batches, config, at_once)
+    for found, gradients in in_parallel(computed, zip(batches, references, strict=True), at_once=at_once):
         _add(learned, gradients)
         for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -143,11 +149,30 @@ def _stepped(optimizer: torch.optim.Optimizer, max_norm: float, option: str) -> 
 
 def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:
     """Which ratio each token takes part in, (B, T): one number per turn, or per rollout."""
-    rows = torch.arange(batch.num_rows)[:, None].expand_as(batch.action)
+    rows = torch.arange(batch.num_rows, device=batch.action.device)[:, None].expand_as(batch.action)
     if ratio == "sequence":
         return rows
     starts = batch.action & ~torch.nn.functional.pad(batch.action, (1, 0))[:, :-1]
     return rows * batch.action.shape[1] + starts.cumsum(1)
+
+
+def _reference_logprobs(
+    reference: Policy | None, batches: Sequence[MicroBatch], config: TrainConfig, at_once: int
+) -> Sequence[torch.Tensor | None]:
+    """Log-probabilities of each micro-batch's trained tokens under the start; None each without a reference.
+
+    A reference with an adapter is the policy itself, and the start is what it is without the adapter.
+    """
+    if reference is None:
+        return [None] * len(batches)
+
+    @torch.no_grad()  # of this thread alone, so it stands here
+    def computed(batch: MicroBatch) -> torch.Tensor:
+        batch = batch.to(reference.model.device)
+        return token_logprobs(reference.model, batch, batch.loss, temperature=config.temperature)[0]
+
+    with without_adapter(reference.model):
+        return list(in_parallel(computed, batches, at_once=at_once))
 
 
 def _policy_loss(
@@ -155,7 +180,7 @@ def _policy_loss(
     states: torch.Tensor,
     batch: MicroBatch,
     config: TrainConfig,
-    reference: Policy | None,
+    ref_logprobs: torch.Tensor | None,
     found: dict[str, float],
 ) -> torch.Tensor:
     """A micro-batch's share of the policy's loss; puts its share of the step's sums into `found`."""
@@ -163,10 +188,6 @@ def _policy_loss(
     where, temperature = batch.loss, config.temperature
     logprobs, entropy = token_logprobs(policy.model, batch, where, temperature=temperature, states=states)
     weights = (batch.counts[:, None] * batch.weights)[where]
-    ref_logprobs = None
-    if reference:
-        with torch.no_grad():
-            ref_logprobs, _ = token_logprobs(reference.model, batch, where, temperature=temperature)
     segments = None if config.ratio == "token" else loss_segments(batch, config.ratio)[where]
     parts = policy_loss(
         logprobs,
@@ -186,7 +207,7 @@ def _policy_loss(
         "entropy": float((weights * entropy.detach()).sum()),
         "weight": float(weights.sum()),
     }
-    if reference:
+    if ref_logprobs is not None:
         found["kl"] = float(parts.kl)
     return parts.loss
 
@@ -203,7 +224,7 @@ def _value_loss(
     assert batch.values is not None, "with a critic, rows have values"
     assert batch.returns is not None, "with a critic, rows have value targets"
     there = ~batch.returns.isnan()
-    weights = (batch.counts[:, None, None] / (targets * len(targets))).expand_as(there)[there]
+    weights = (batch.counts[:, None, None] / (targets * len(targets)).to(there.device)).expand_as(there)[there]
     values = token_values(critic, batch, states)[there]
     parts = value_loss(values, batch.values[there], batch.returns[there], weights, clip=config.value_clip)
     found |= {"value_loss": float(parts.loss.detach()), "value_clip_fraction": float(parts.clipped)}

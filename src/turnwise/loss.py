@@ -87,7 +87,7 @@ def segment_ratio(shifts: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     2601.04767. Gradients of a segment's terms are spread evenly over its tokens.
     """
     _, place, counts = torch.unique(segments, return_inverse=True, return_counts=True)
-    means = torch.zeros(len(counts), dtype=shifts.dtype).index_add(0, place, shifts) / counts
+    means = shifts.new_zeros(len(counts)).index_add(0, place, shifts) / counts
     return means.exp()[place]
 
 

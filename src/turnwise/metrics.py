@@ -13,6 +13,7 @@ it the aliases that TriviaQA has normalised. Sources, each with its evaluation s
 al. (2016, 2018), Joshi et al. (2017), Yang et al. (2018).
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -69,6 +70,21 @@ def answer_presence(text: str, golds: Sequence[str]) -> float:
     """
     lower = text.lower()
     return float(any(gold.strip() and gold.lower() in lower for gold in _at_least_one(golds)))
+
+
+def pass_at(k: int, *, samples: int, correct: int) -> float:
+    """The chance that one of k samples is correct, estimated without bias from at least as many.
+
+        1 - C(n - c, k) / C(n, k),    c of n samples being correct
+
+    Chen et al. 2021, arXiv 2107.03374, equation 1: the share of the subsets of k samples that hold a correct one.
+    """
+    if not (1 <= k <= samples and 0 <= correct <= samples):
+        raise InputError(
+            f"pass@k must have 1 <= k <= samples and 0 <= correct <= samples; got k {k}, samples {samples}, correct "
+            f"{correct}; draw more samples, or take a smaller k"
+        )
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def paper_text(text: str) -> str:

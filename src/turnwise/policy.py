@@ -1,24 +1,34 @@
 """The policy: a Hugging Face causal language model with its chat, and log-probabilities under it."""
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import Cache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from turnwise.batch import MicroBatch
-from turnwise.chat import CHAT_TEMPLATE, BPETokenizer, Chat, load_chat
+from turnwise.batch import MicroBatch, Row, pack
+from turnwise.chat import Chat, load_chat, save_chat
+from turnwise.devices import computing, recomputing
 from turnwise.engines.attention import attention_masks, sliding_layers
-from turnwise.errors import InputError, RunError
+from turnwise.engines.families import check_model, longest_context, output_logits
+from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.logits import logprobs_of
+from turnwise.lora import load_adapter
+from turnwise.sources import adapter_base, handed_on, is_adapter, policy_folder
 
 EMBEDDED = {"embedded": "policy", "embedded-search": "policy-search"}
 """The checkpoints that ship with the package, by name: for the protocols `tools` and `search`; and their folders."""
+MOST_OFF = {True: 1e-2, False: 0.2}
+"""How far apart two ways to compute the same logits may be, of their size: with four bytes a number, and with two."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +37,18 @@ class Policy:
 
     model: PreTrainedModel
     chat: Chat
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The tokenizer's files, the chat template and the generation configuration that it came with, by name."""
 
     @property
     def context(self) -> int:
         """The longest sequence that the model takes, tokens."""
-        return int(self.model.config.max_position_embeddings)
+        return longest_context(self.model.config)
+
+    @property
+    def learned(self) -> list[torch.nn.Parameter]:
+        """What training changes: the adapter alone, where there is one."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
 
 def tiny_policy(chat: Chat, *, seed: int, hidden: int = 128, layers: int = 3) -> Policy:
@@ -72,13 +89,23 @@ def embedded_checkpoint(name: str = "embedded") -> Path:
 
 
 def load_policy(source: str | Path) -> Policy:
-    """The policy in a checkpoint folder, or one that ships with the package (see `EMBEDDED`).
+    """The policy in a checkpoint folder, of the Hugging Face hub (owner/name), or of the package (see `EMBEDDED`).
 
-    Raises RunError where the folder is not a checkpoint or is damaged.
+    A folder may hold an adapter alone, which names its base model. Raises InputError where there is no such policy,
+    ConfigError for a model that cannot be trained here, and RunError where files are damaged or do not fit each other.
     """
-    folder = embedded_checkpoint(str(source)) if str(source) in EMBEDDED else Path(source)
+    folder, _ = named_folder(source)
     with _without_bars():
-        return _loaded(source, folder)
+        if is_adapter(folder):
+            return _adapted(folder)
+        return _loaded(folder)
+
+
+def named_folder(source: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a policy's files, downloaded from the hub if need be, and its revision where it is of the hub."""
+    if str(source) in EMBEDDED:
+        return embedded_checkpoint(str(source)), None
+    return policy_folder(source, names=" or ".join(EMBEDDED), revision=revision)
 
 
 @contextlib.contextmanager
@@ -93,31 +120,41 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _loaded(source: str | Path, folder: Path) -> Policy:
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"policy must be {' or '.join(EMBEDDED)}, or a checkpoint folder with config.json; got {str(source)!r}"
-        )
+def _adapted(folder: Path) -> Policy:
+    """An adapter in its base model, with the tokenizer that was saved beside the adapter."""
+    base, revision = adapter_base(folder)
+    try:
+        policy = _loaded(named_folder(base, revision)[0])
+    except InputError as error:
+        raise RunError(f"adapter {folder} must find its base model, {base}; {error}") from error
+    load_adapter(policy.model, folder, base=base)
+    own = handed_on(folder)
+    chat = load_chat(folder) if "tokenizer.json" in own else policy.chat
+    return Policy(policy.model, chat, {**policy.files, **own})
+
+
+def _loaded(folder: Path) -> Policy:
+    _check_config(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             output_loading_info=True,
         )
         model, loading = loaded
     except Exception as error:  # safetensors, json and transformers each raise their own
-        raise RunError(
-            f"checkpoint {folder} must hold a whole model; it cannot be read "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another checkpoint of the run"
-        ) from error
+        raise _unreadable(folder, error) from error
     if loading["missing_keys"]:
         raise RunError(
             f"checkpoint {folder} must hold a whole model; it lacks {sorted(loading['missing_keys'])[0]} and "
-            f"{len(loading['missing_keys']) - 1} other tensors; use another checkpoint of the run"
+            f"{len(loading['missing_keys']) - 1} other tensors; use another checkpoint"
         )
-    policy = Policy(model, load_chat(folder))
+    check_model(model)
+    _check_computed(model)
+    policy = Policy(model, load_chat(folder), handed_on(folder))
     rows = model.get_input_embeddings().weight.shape[0]
     if policy.chat.tokenizer.vocab_size > rows:
         raise RunError(
@@ -127,24 +164,98 @@ def _loaded(source: str | Path, folder: Path) -> Policy:
     return policy
 
 
+def _unreadable(folder: Path, error: Exception) -> RunError:
+    return RunError(
+        f"checkpoint {folder} must hold a whole model in safetensors; it cannot be read "
+        f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another checkpoint"
+    )
+
+
+def _check_config(folder: Path) -> None:
+    """Before any weight is read: RunError for a damaged configuration, ConfigError for another kind of model."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = record.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _unreadable(folder, error) from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = (
+            "code of its own, which is not run" if "auto_map" in record else "no causal language model of transformers"
+        )
+        raise ConfigError(
+            f"a policy must be a causal language model that transformers knows; {folder} is {kind!r}: {own}; take "
+            "another model, or a later transformers"
+        )
+    if record.get("is_encoder_decoder") or "text_config" in record:
+        reason = "has an encoder" if record.get("is_encoder_decoder") else "takes more than text"
+        raise ConfigError(f"a policy must be a decoder of text alone; {folder} ({kind}) {reason}; take another model")
+    if record.get("quantization_config"):
+        raise ConfigError(
+            f"a policy's weights must be plain numbers; those of {folder} are quantised "
+            f"({record['quantization_config'].get('quant_method', 'unknown method')}); take the original checkpoint"
+        )
+
+
+def _check_computed(model: PreTrainedModel) -> None:
+    """ConfigError where the model's own forward pass and ours, with cache, masks and shared beginnings, disagree.
+
+    For any family that `transformers` has or will have: two rows of twelve tokens that share eight, in the update's way
+    and by the model's own.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    vocab = int(embeddings.weight.shape[0])
+    tokens = [(7 * i * vocab // 89 + i) % vocab for i in range(16)]
+    rows = [_plain_row(tokens[:4], [*tokens[4:8], *end]) for end in (tokens[8:12], tokens[12:16])]
+    batch = pack(rows, pad_id=0)
+    try:
+        with torch.no_grad():
+            found = output_logits(model, token_states(model, batch)[batch.place]).float()
+            ids = torch.tensor([[*row.prompt_ids, *row.ids] for row in rows], device=model.device)
+            expected = model(input_ids=ids).logits[:, 3:-1].float()
+    except Exception as error:  # whatever a model does that knows no cache or mask of ours
+        raise ConfigError(
+            f"a policy's decoder must take a cache and masks as Llama's does; that of {model.config.model_type} does "
+            f"not ({type(error).__name__}: {' '.join(str(error).split())[:200]}); take another model"
+        ) from error
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    off = float((found - expected).norm() / spread)
+    if not off < MOST_OFF[model.dtype.itemsize > 2]:
+        raise ConfigError(
+            f"a policy must compute the same with a cache and masks of ours as by itself; the logits of "
+            f"{model.config.model_type} are {off:.2g} of their size apart (weights that are no numbers, or a family "
+            "that needs care that it does not get here); take another model"
+        )
+
+
+def _plain_row(prompt: list[int], ids: list[int]) -> Row:
+    """A row of two turns, of which nothing but the tokens matters."""
+    zeros, action = np.zeros(len(ids), np.float32), np.arange(len(ids)) % 4 > 0
+    action[0] = True
+    return Row(
+        prompt_ids=tuple(prompt), ids=tuple(ids), action=action, loss=action, sampling_logprobs=zeros, advantages=zeros
+    )
+
+
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Writes weights (safetensors), configuration and tokenizer; `transformers` loads the folder as it is."""
+    """Writes weights (safetensors), configuration, tokenizer and chat template; `transformers` loads the folder.
+
+    Of a policy with an adapter the adapter alone is written, which names its base model. The files that the policy came
+    with are kept as they were.
+    """
     with _without_bars():
         policy.model.save_pretrained(folder)
-    tokenizer = policy.chat.tokenizer
-    assert isinstance(tokenizer, BPETokenizer), "only a real tokenizer can be saved"
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "chat_template": CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for name, content in policy.files.items():
+        (folder / name).write_bytes(content)
+    if not policy.files:
+        save_chat(policy.chat, folder)
 
 
 class _AncestorCache(Cache):
     """Keys and values of what each stretch continues, put before its own. Gradients flow through."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         super().__init__(layers=[])
-        self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.before = before or {}
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(  # type: ignore[override]
@@ -153,18 +264,19 @@ class _AncestorCache(Cache):
         if layer_idx in self.before:
             keys, values = self.before[layer_idx]
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
-        self.seen[layer_idx] = (key_states, value_states)
+        self.seen.setdefault(layer_idx, (key_states, value_states))  # a layer that is computed again adds nothing
         return key_states, value_states
 
-    def descend(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> None:
-        """To the next level, whose row i continues row `parent[i]`. Sliding layers keep the keys `near` (N, S)."""
+    def descended(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> "_AncestorCache":
+        """That of the next level, whose row i continues row `parent[i]`. Sliding layers keep the keys `near` (N, S)."""
+        before = {}
         for layer, seen in self.seen.items():
             keys, values = (states.index_select(0, parent) for states in seen)
             if layer in sliding:
                 at = near[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
                 keys, values = keys.gather(2, at), values.gather(2, at)
-            self.before[layer] = (keys, values)
-        self.seen = {}
+            before[layer] = (keys, values)
+        return _AncestorCache(before)
 
 
 def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
@@ -177,29 +289,32 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     cache, sliding = _AncestorCache(), sliding_layers(model)
     window = model.config.sliding_window if sliding else 0
     found: list[torch.Tensor] = []
-    before = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype)
-    start = torch.zeros(1, dtype=torch.int64)
-    full = near = torch.empty(1, 0, dtype=torch.int64)  # positions of the keys in view; -1 is padding
+    device = batch.ids.device
+    before = torch.empty(0, device=device)  # the states that the level's first tokens are predicted from
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    full = near = torch.empty(1, 0, dtype=torch.int64, device=device)  # positions of the keys in view; -1 is padding
     for depth, level in enumerate(batch.levels):
         if depth:
             kept = near.topk(min(window - 1, near.shape[1])) if sliding else near.topk(0)
-            cache.descend(level.parent, kept.indices[level.parent], sliding)
+            cache = cache.descended(level.parent, kept.indices[level.parent], sliding)
             full, near = full[level.parent], kept.values[level.parent]
         start = start[level.parent]
-        steps = torch.arange(level.ids.shape[1])
+        steps = torch.arange(level.ids.shape[1], device=device)
         positions = start[:, None] + steps
         own = positions.masked_fill(steps >= level.lengths[:, None], -1)
         full, near = torch.cat([full.expand(len(own), -1), own], 1), torch.cat([near.expand(len(own), -1), own], 1)
         masks = attention_masks(model, _distance(positions, full), _distance(positions, near))
-        states = decoder(
-            input_ids=level.ids,
-            attention_mask=masks,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        with computing(model), recomputing(model):
+            states = decoder(
+                input_ids=level.ids,
+                attention_mask=masks,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        before = before if depth else states.new_zeros(1, 1, states.shape[-1])
         found.append(torch.cat([before[level.parent], states[:, :-1]], 1).flatten(0, 1))
-        before = states[torch.arange(len(states)), level.lengths - 1][:, None]
+        before = states[torch.arange(len(states), device=device), level.lengths - 1][:, None]
         start = start + level.lengths
     return torch.cat(found)
 
@@ -225,10 +340,10 @@ def token_logprobs(
     """
     places, inverse = torch.unique(batch.place[where], return_inverse=True)
     tokens = torch.cat([level.ids.flatten() for level in batch.levels])[places]
-    head = model.get_output_embeddings()
-    assert head is not None, "a causal language model has an output layer"
     states = token_states(model, batch) if states is None else states
-    logits = head(states[places]).float() / temperature
-    logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, tokens[:, None])[:, 0][inverse], entropy[inverse]
+    head = functools.partial(output_logits, model)
+    with computing(model):
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = int(embeddings.weight.shape[0])
+        logprobs, entropy = logprobs_of(head, states[places], tokens, temperature=temperature, vocabulary=vocabulary)
+    return logprobs[inverse], entropy[inverse]

@@ -4,7 +4,9 @@ The built-in components are those of arXiv 2505.11821: of version 1 and appendix
 their constants as `PAPER_WEIGHTS`, and of the search agent in section 5.2 of version 2, with theirs as
 `SEARCH_WEIGHTS`. A component pays its value times its weight; all values but `search_penalty`'s lie in
 [0, 1]. A user's own are functions in a Python file, named `turn_...` or `outcome_...`. Where a judge was
-asked (see `judge`), what it said is the components `judge_turn` and `judge_outcome`.
+asked (see `judge`), what it said is the components `judge_turn` and `judge_outcome`. What an environment itself
+pays is components by the environment's names, such as `environment`: of a turn where the rollout goes on, of the
+outcome where it ends.
 """
 
 import dataclasses
@@ -45,13 +47,28 @@ SEARCH_WEIGHTS: Mapping[str, float] = {
     "invalid": -1.0,
 }
 """The search agent's seven (version 2, section 5.2); the first four belong to the turns before the last."""
-DEFAULT_WEIGHTS: Mapping[ProtocolName, Mapping[str, float]] = {"tools": PAPER_WEIGHTS, "search": SEARCH_WEIGHTS}
+OWN_FORMAT_WEIGHTS: Mapping[str, float] = {
+    name: weight for name, weight in PAPER_WEIGHTS.items() if name not in ("xml_format", "tag_usage")
+}
+"""Those of a model's own format, which has no tags to be paid for."""
+DEFAULT_WEIGHTS: Mapping[str, Mapping[str, float]] = {
+    "tools": PAPER_WEIGHTS,
+    "search": SEARCH_WEIGHTS,
+    "native": OWN_FORMAT_WEIGHTS,
+    **{name: OWN_FORMAT_WEIGHTS for name, protocol in PROTOCOLS.items() if protocol.own_format},
+}
 """What each protocol's rollouts are paid unless the configuration says otherwise."""
 BUILT_IN = (*PAPER_WEIGHTS, *SEARCH_WEIGHTS)
 """Every built-in component; each can be had under both protocols."""
 
 JUDGED = ("judge_turn", "judge_outcome")
 """The components that a judge's scores are."""
+OF_ENVIRONMENT = ("environment", "success")
+"""What an environment pays unless it names it otherwise, and 1 where it says that the task is solved."""
+ENVIRONMENT_WEIGHTS: Mapping[str, float] = {"environment": 1.0}
+"""What the rollouts of an environment from elsewhere are paid unless the configuration says otherwise."""
+OF_RECORDS = ("tool_execution", "answer_in_results", "answer_presence", "exact_match")
+"""The built-in components that need no tag protocol."""
 _TURN_PREFIX, _OUTCOME_PREFIX = "turn_", "outcome_"
 
 
@@ -62,36 +79,36 @@ def score(
     *,
     functions: Mapping[str, RewardFunction] | None = None,
     definition: metrics.Definition = "squad",
-    protocol: ProtocolName = "tools",
+    protocol: ProtocolName | None = "tools",
 ) -> Rollout:
     """The rollout with its rewards: weight times value for every component of a nonzero weight.
 
     `functions` are a user's own, of weight 1 unless `weights` has their name, and so are the scores
-    of the rollout's judgement, if it has one; what the judge left out is absent. A built-in component
-    that `weights` does not name is left out; without `weights` they are the protocol's default ones.
-    `definition` is that of exact match. A rollout that stopped with `error` gets no rewards, since what
-    it would have earned is unknown; one that was cut off is scored as it stands. Raises ConfigError for
-    an unknown component.
+    of the rollout's judgement, if it has one, and what the environment paid by names of its own; what
+    the judge or the environment left out is absent, and so is what compares with answers where the task
+    has none. A built-in component that `weights` does not name is left out; without `weights` they are
+    the protocol's default ones, or the environment's rewards alone where `protocol` is None, which has
+    no tags to look for. `definition` is that of exact match. An environment's rewards of the last step
+    belong to the outcome, except where a token budget cut the rollout off. A rollout that stopped with
+    `error` gets no rewards, since what it would have earned is unknown; one that was cut off is scored as
+    it stands. Raises ConfigError for an unknown component.
     """
     functions = functions or {}
     judgement = rollout.judgement
-    form = protocol_named(protocol)
-    weights = DEFAULT_WEIGHTS[protocol] if weights is None else weights
-    kept = _weights(weights, [*functions, *(JUDGED if judgement else ())])
+    paid = dict.fromkeys(name for turn in rollout.turns for name in turn.rewards)
+    if weights is None:
+        weights = DEFAULT_WEIGHTS[protocol] if protocol else ENVIRONMENT_WEIGHTS
+    kept = _weights(weights, [*functions, *(JUDGED if judgement else ()), *paid])
     if rollout.stop == "error":
         return dataclasses.replace(rollout, turn_rewards=(), outcome_rewards={})
-    by_turn: dict[str, Sequence[float | None]] = {
-        "tool_execution": [tool_execution(turn) for turn in rollout.turns],
-        "answer_in_results": [answer_in_results(turn, task.answers) for turn in rollout.turns],
-        **_search_turn_values(task, rollout, form),
-    }
-    outcome = {
-        "answer_presence": answer_presence(task, rollout),
-        "exact_match": exact_match(task, rollout, definition),
-        "xml_format": xml_format(rollout, form),
-        "tag_usage": tag_usage(rollout, form),
-        **_search_outcome_values(task, rollout, form, definition),
-    }
+    by_turn, outcome = _built_in_values(task, rollout, definition, protocol)
+    if rollout.success is not None:
+        outcome["success"] = float(rollout.success)
+    ended = rollout.stop != "max_tokens"
+    for name in paid:
+        values = [turn.rewards.get(name) for turn in rollout.turns]
+        by_turn[name] = [*values[:-1], None] if ended else values
+        outcome[name] = values[-1] if ended else None
     if judgement and judgement.turn_scores is not None:
         by_turn["judge_turn"] = judgement.turn_scores
     if judgement and judgement.outcome_score is not None:
@@ -113,13 +130,31 @@ def score(
             }
             for k in range(len(rollout.turns))
         ),
-        outcome_rewards={name: kept[name] * v for name, v in outcome.items() if name in kept},
+        outcome_rewards={name: kept[name] * v for name, v in outcome.items() if name in kept and v is not None},
     )
+
+
+def _built_in_values(
+    task: Task, rollout: Rollout, definition: metrics.Definition, protocol: ProtocolName | None
+) -> tuple[dict[str, Sequence[float | None]], dict[str, float | None]]:
+    """The built-in components' values by turn and of the outcome, those that the task and the protocol allow."""
+    by_turn: dict[str, Sequence[float | None]] = {"tool_execution": [tool_execution(turn) for turn in rollout.turns]}
+    outcome: dict[str, float | None] = {}
+    if task.answers:
+        by_turn["answer_in_results"] = [answer_in_results(turn, task.answers) for turn in rollout.turns]
+        outcome["answer_presence"] = answer_presence(task, rollout)
+        outcome["exact_match"] = exact_match(task, rollout, definition)
+    if protocol:
+        form = protocol_named(protocol)
+        by_turn |= _search_turn_values(task, rollout, form)
+        outcome |= {"xml_format": xml_format(rollout, form), "tag_usage": tag_usage(rollout, form)}
+        outcome |= _search_outcome_values(task, rollout, form, definition)
+    return by_turn, outcome
 
 
 def _weights(weights: Mapping[str, float], own: Sequence[str]) -> dict[str, float]:
     """The nonzero weights, those included of components that weigh 1 unless told otherwise."""
-    known = dict.fromkeys([*BUILT_IN, *JUDGED, *own])
+    known = dict.fromkeys([*BUILT_IN, *JUDGED, *OF_ENVIRONMENT, *own])
     for name, weight in weights.items():
         if name not in known:
             raise unknown_name("a reward component", name, known)
@@ -226,8 +261,9 @@ def _search_turn_values(task: Task, rollout: Rollout, protocol: TagProtocol) -> 
     """
     before = rollout.turns[:-1]
     formed = [has_turn_format(turn, protocol) for turn in before]
+    found = {"retrieval": [answer_in_results(turn, task.answers) or 0.0 for turn in before]} if task.answers else {}
     columns = {
-        "retrieval": [answer_in_results(turn, task.answers) or 0.0 for turn in before],
+        **found,
         "turn_format": [float(good) for good in formed],
         "turn_format_broken": [float(not good) for good in formed],
         "search_penalty": list(itertools.accumulate(float(max(turn.action.num_calls, 1)) for turn in before)),
@@ -240,6 +276,8 @@ def _search_outcome_values(
 ) -> dict[str, float]:
     """Of `correct`, `wrong` and `invalid` one is 1: by the final format first, and then by exact match."""
     valid = has_final_format(rollout, protocol)
+    if not task.answers:
+        return {"invalid": float(not valid)}
     right = exact_match(task, rollout, definition)
     return {"correct": valid * right, "wrong": valid * (1.0 - right), "invalid": float(not valid)}
 

@@ -6,7 +6,8 @@ once, when it arrives, and appended.
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+import math
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from turnwise.chat import Chat
 from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
-from turnwise.env import Environment, Step, forked
+from turnwise.env import Environment, Step, closed, forked, started, state_of
 from turnwise.errors import ConfigError, InputError
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
@@ -57,10 +58,19 @@ class _Line:
     session: object = dataclasses.field(default_factory=object)
     stop: Stop | None = None
     error: str | None = None
+    success: bool | None = None
+    state: str | None = None
+    """The environment's name of the state that it is in."""
+    states: list[str | None] = dataclasses.field(default_factory=list)
+    """Its names of the states before the turns."""
 
     def ids(self) -> list[int]:
         """The whole conversation."""
-        return [*self.prompt, *(i for turn in self.turns for i in (*turn.action_ids, *turn.reply_ids))]
+        ids = list(self.prompt)
+        for turn in self.turns:
+            ids += turn.action_ids
+            ids += turn.reply_ids
+        return ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,19 +84,21 @@ class _Player:
     temperature: float
     group: int
 
-    def line(self, environment: Environment, seed: int) -> _Line:
+    async def line(self, environment: Environment, seed: int) -> _Line:
         """The line of an environment that starts. Raises InputError where its prompt leaves no room for one turn."""
         try:
-            prompt = tuple(self.chat.prompt_ids(environment.start()))
+            prompt = tuple(self.chat.prompt_ids(await started(environment)))
+            state = state_of(environment)
         except Exception as failure:  # whatever a user's environment raises is a fact about this rollout
-            return _Line(environment=environment, prompt=(), seed=seed, stop="error", error=_described(failure))
+            return _Line(environment=environment, prompt=(), seed=seed, stop="error", error=described(failure))
         if len(prompt) + self.limits.max_turn_tokens > self.limits.context:
+            await closed(environment)
             raise InputError(
                 f"the prompt of task {self.task.id!r} must leave room for a turn of {self.limits.max_turn_tokens} "
                 f"tokens in a context of {self.limits.context}; it has {len(prompt)} tokens; shorten it, or take "
                 "a policy with a longer context"
             )
-        return _Line(environment=environment, prompt=prompt, seed=seed)
+        return _Line(environment=environment, prompt=prompt, seed=seed, state=state)
 
     async def play(self, line: _Line, at_state: Callable[[_Line], None] = lambda line: None) -> None:
         """Plays a line to its end. `at_state` is called whenever the policy is about to go on after a turn."""
@@ -98,6 +110,7 @@ class _Player:
                     at_state(line)
         finally:
             self.engine.release(line.session)
+            await closed(line.environment)
 
     async def _turn(self, line: _Line) -> None:
         """Draws the line's next turn and lets its environment answer."""
@@ -109,22 +122,24 @@ class _Player:
         )
         completion = await self.engine.generate(ids, sampling, session=line.session)
         text = self.chat.decode(completion.token_ids)
-        step, reply = Step(action=Action()), []
+        step, reply, rewards = Step(action=Action()), [], {}
+        line.states.append(line.state)
         if completion.finish == "length":
             line.stop = "max_tokens"
         else:
             try:
                 step = await line.environment.step(text)
-                line.stop = step.stop
+                rewards, line.state = finite_rewards(step.rewards), state_of(line.environment)
+                line.stop, line.success = step.stop, step.success
             except Exception as failure:
-                line.stop, line.error = "error", _described(failure)
+                line.stop, line.error = "error", described(failure)
         if line.stop is None:
             used = len(ids) + len(completion.token_ids)
             room = limits.context - used - _reserved(self.chat, limits, len(line.turns) + 1)
             reply = self.chat.reply_ids(step.reply, max_ids=room)
             if len(reply) > room:
                 line.stop, reply = "max_tokens", []
-        line.turns.append(_turn(completion, text, step, reply))
+        line.turns.append(_turn(completion, text, step, reply, rewards))
 
     def rollout(self, line: _Line) -> Rollout:
         """The record of a line that has ended."""
@@ -136,6 +151,8 @@ class _Player:
             turns=tuple(line.turns),
             stop=line.stop,
             error=line.error,
+            success=line.success,
+            states=tuple(state for state in line.states if state is not None) if None not in line.states else (),
             policy_version=self.engine.policy_version,
         )
 
@@ -158,7 +175,7 @@ async def run_rollout(
     cut. Raises InputError where the prompt leaves no room for one turn.
     """
     player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
-    line = player.line(environment, seed)
+    line = await player.line(environment, seed)
     await player.play(line)
     return player.rollout(line)
 
@@ -187,7 +204,7 @@ async def run_tree(
     """
     check_branches(branches)
     player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
-    trunk = player.line(environment, rollout_seed(*seed, 0))
+    trunk = await player.line(environment, rollout_seed(*seed, 0))
     lines = [trunk]
 
     def branch_off(line: _Line) -> None:
@@ -204,14 +221,15 @@ async def run_tree(
 
     try:
         async with asyncio.TaskGroup() as running:
+            running.create_task(player.play(trunk, branch_off))
             if trunk.stop is None:
-                running.create_task(player.play(trunk, branch_off))
                 branch_off(trunk)
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
     finally:
         for line in lines:  # a fork whose task never began still holds its session
             engine.release(line.session)
+            await closed(line.environment)
     return _numbered([(line.path, player.rollout(line)) for line in sorted(lines, key=lambda line: line.path)])
 
 
@@ -227,12 +245,18 @@ def check_branches(branches: Any) -> None:
 def _sibling(line: _Line, seed: int, child: int) -> _Line:
     """A line that leaves `line` where it stands, as child number `child` of that state."""
     new = dataclasses.replace(
-        line, seed=seed, turns=list(line.turns), path=(*line.path, child), session=object(), stop=None
+        line,
+        seed=seed,
+        turns=list(line.turns),
+        states=list(line.states),
+        path=(*line.path, child),
+        session=object(),
+        stop=None,
     )
     try:
         new.environment = forked(line.environment)
     except Exception as failure:
-        new.stop, new.error = "error", f"a copy of the environment failed: {_described(failure)}"
+        new.stop, new.error = "error", f"a copy of the environment failed: {described(failure)}"
     return new
 
 
@@ -266,12 +290,20 @@ def _reserved(chat: Chat, limits: Limits, turns: int) -> int:
     return to_come * limits.max_turn_tokens + (to_come - 1) * chat.empty_reply_length
 
 
-def _described(failure: Exception) -> str:
+def described(failure: Exception) -> str:
     """An exception's class and text on one line."""
     return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
-def _turn(completion: Completion, text: str, step: Step, reply: Sequence[int] = ()) -> Turn:
+def finite_rewards(rewards: Mapping[str, float]) -> dict[str, float]:
+    """An environment's rewards as numbers; ValueError for what is no finite one."""
+    found = {name: float(value) for name, value in rewards.items()}
+    if not all(map(math.isfinite, found.values())):
+        raise ValueError(f"an environment's rewards must be finite; got {found}")
+    return found
+
+
+def _turn(completion: Completion, text: str, step: Step, reply: Sequence[int], rewards: Mapping[str, float]) -> Turn:
     return Turn(
         action_ids=completion.token_ids,
         sampling_logprobs=completion.logprobs,
@@ -279,6 +311,7 @@ def _turn(completion: Completion, text: str, step: Step, reply: Sequence[int] = 
         action=step.action,
         results=step.results,
         reply_ids=tuple(reply),
+        rewards=rewards,
     )
 
 
@@ -320,7 +353,7 @@ async def run_groups(
         for group, task in enumerate(tasks, start=first_group)
         for member in range(group_size)
     ]
-    done = await _together(jobs)
+    done = await together(jobs)
     return [done[i : i + group_size] for i in range(0, len(done), group_size)]
 
 
@@ -337,7 +370,7 @@ async def run_trees(
     first_group: int = 0,
 ) -> list[list[Rollout]]:
     """One tree of every task, all at once; the leaves of each, as `run_tree` gives them, numbered as groups are."""
-    return await _together(
+    return await together(
         [
             run_tree(
                 task,
@@ -355,7 +388,7 @@ async def run_trees(
     )
 
 
-async def _together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of jobs that run at once; the first failure ends all of them and is raised as itself."""
     try:
         async with asyncio.TaskGroup() as running:

@@ -3,10 +3,12 @@
     config.json                 the resolved configuration, before the first step
     metrics.jsonl               one line per step and split
     rollouts.jsonl              recorded rollouts with their credit
-    checkpoints/step-000020/    a policy that `transformers` loads, the optimiser, the critic and its optimiser where
-                                there is one, and state.json with checksums
+    checkpoints/step-000020/    a policy, or an adapter alone, that `transformers` loads, the optimiser, the critic and
+                                its optimiser where there is one, and state.json with checksums
     best/                       the policy of the best validation so far
     eval-NAME.json              evaluations
+    tensorboard/, wandb/,       what a tracker keeps there
+    tracker.json
     report.html
 
 All random draws are functions of the run's seed and the step, so the step is the whole random state.
@@ -41,6 +43,9 @@ STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
 }
 """What a checkpoint's state must hold for training to go on."""
 KEPT_CHECKPOINTS = 2
+TRACKER_FILE = "tracker.json"
+BEFORE_A_STEP = {"config.json", "metrics.jsonl", "best", "tensorboard", "wandb", TRACKER_FILE}
+"""What a run can leave before its first step."""
 OPTIMIZER, CRITIC, CRITIC_OPTIMIZER = (f"{name}.safetensors" for name in ("optimizer", "critic", "critic_optimizer"))
 
 
@@ -91,9 +96,8 @@ def create_run(path: Path, config: TrainConfig) -> None:
 
 def _took_no_step(path: Path) -> bool:
     """Whether all that stands in a folder is what a run leaves there before its first step."""
-    left = {"config.json", "metrics.jsonl", "best"}
     found = {entry.name for entry in path.iterdir()}
-    if "config.json" not in found or not found <= left:
+    if "config.json" not in found or not found <= BEFORE_A_STEP:
         return False
     return "metrics.jsonl" not in found or all(record.get("step") == 0 for record in read_lines(path / "metrics.jsonl"))
 

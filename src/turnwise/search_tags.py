@@ -6,9 +6,10 @@ or an answer block. What is found comes back in an information block, in a user 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from turnwise.errors import ConfigError
+from turnwise.tags import first_block, without_blocks
 from turnwise.tools import Tool, argument_fault
 from turnwise.types import Action, ToolCall, ToolResult
 
@@ -19,8 +20,7 @@ TOOL_NAME, ARGUMENT = "search", "query"
 NO_SEARCHES_LEFT = "No searches are left. Answer now."
 """What follows the information block where the policy's next turn is its last."""
 
-_THINK = re.compile(r"<think>(.*?)</think>", re.S)
-_ANY_TAG = re.compile(rf"<(\s*/?\s*(?:{'|'.join(TAGS)})\s*)>", re.I)
+_ANY_TAG = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(TAGS)})\s*)>", re.I)
 _FORM = "<search>query</search>"
 
 
@@ -59,18 +59,23 @@ def parse(text: str) -> Action:
     complete answer block, the one that opens first counts. A search block that is not closed, is
     empty or holds another tag gives `error`; an answer that is not closed is none.
     """
-    first = _THINK.search(text)
-    reasoning = first[1].strip() if first else None
-    acting = _THINK.sub(" ", text)
-    answer = re.search(r"<answer>(.*?)</answer>", acting, re.S)
+    thoughts = first_block(text, "think")
+    reasoning = None if thoughts is None else thoughts.strip()
+    acting = without_blocks(text, "think")
+    answer = first_block(acting, "answer")
     search_at = acting.find("<search>")
-    if answer and not 0 <= search_at < answer.start():
-        return Action(reasoning=reasoning, answer=answer[1].strip())
+    if answer is not None and not 0 <= search_at < acting.find("<answer>"):
+        return Action(reasoning=reasoning, answer=answer.strip())
     if search_at < 0:
         return Action(reasoning=reasoning)
     query, error = _query(acting[search_at + len("<search>") :])
     calls = () if error else (ToolCall(name=TOOL_NAME, arguments={ARGUMENT: query}),)
     return Action(reasoning=reasoning, tool_calls=calls, error=error)
+
+
+def calls_text(calls: Sequence[ToolCall]) -> str:
+    """Calls as the policy writes them, a block each: their queries alone."""
+    return "\n".join(f"<search>{(call.arguments or {}).get(ARGUMENT, '')}</search>" for call in calls)
 
 
 def _query(rest: str) -> tuple[str, str | None]:

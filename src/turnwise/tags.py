@@ -6,7 +6,8 @@ each tag on its own line. What a tool returns comes back in a result block, in a
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from turnwise.tools import Tool, type_text
 from turnwise.types import Action, ToolCall, ToolResult
@@ -14,8 +15,11 @@ from turnwise.types import Action, ToolCall, ToolResult
 TAGS = ("reasoning", "tool", "result", "answer")
 """The protocol's tags; `result` is the environment's."""
 
-_REASONING = re.compile(r"<reasoning>(.*?)</reasoning>", re.S)
-_ANY_TAG = re.compile(rf"<(\s*/?\s*(?:{'|'.join(TAGS)})\s*)>", re.I)
+MAX_DEPTH = 64
+"""How deep the JSON of a call may be nested: records are copied and written recursively."""
+
+_ANY_TAG = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(TAGS)})\s*)>", re.I)
+_DECODER = json.JSONDecoder()
 _FORM = '{"name": ..., "args": {...}}'
 
 
@@ -54,13 +58,13 @@ def parse(text: str) -> Action:
     or does not hold JSON with a name and an args object, gives `error`; an answer that is not
     closed is none.
     """
-    first = _REASONING.search(text)
-    reasoning = first[1].strip() if first else None
-    acting = _REASONING.sub(" ", text)
-    answer = re.search(r"<answer>(.*?)</answer>", acting, re.S)
+    thoughts = first_block(text, "reasoning")
+    reasoning = None if thoughts is None else thoughts.strip()
+    acting = without_blocks(text, "reasoning")
+    answer = first_block(acting, "answer")
     tool_at = acting.find("<tool>")
-    if answer and not 0 <= tool_at < answer.start():
-        return Action(reasoning=reasoning, answer=answer[1].strip())
+    if answer is not None and not 0 <= tool_at < acting.find("<answer>"):
+        return Action(reasoning=reasoning, answer=answer.strip())
     if tool_at < 0:
         return Action(reasoning=reasoning)
     call, error = _tool_call(acting[tool_at + len("<tool>") :])
@@ -72,12 +76,11 @@ def _tool_call(rest: str) -> tuple[ToolCall | None, str | None]:
     body, closing, _ = rest.partition("</tool>")
     if not closing:
         return None, f"<tool> must be closed by </tool> after {_FORM}"
-    try:
-        data = json.loads(body)
-        # The call is written to files and tokenised: no NaN, no infinity, no lone surrogates.
-        json.dumps(data, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
+    body = body.strip(" \t\r\n")
+    found = json_value(body, 0)
+    if found is None or found[1] != len(body):
         return None, f"the text in <tool> must be JSON of the form {_FORM}"
+    data = found[0]
     if not isinstance(data, dict):
         return None, f"the JSON in <tool> must be an object of the form {_FORM}"
     name, args = data.get("name"), data.get("args")
@@ -86,6 +89,65 @@ def _tool_call(rest: str) -> tuple[ToolCall | None, str | None]:
     if not isinstance(args, dict):
         return ToolCall(name=name, arguments=None), f'"args" in <tool> must be an object: {_FORM}'
     return ToolCall(name=name, arguments=args), None
+
+
+def calls_text(calls: Sequence[ToolCall]) -> str:
+    """Calls as the policy writes them, a block each."""
+    written = ({"name": call.name, "args": dict(call.arguments or {})} for call in calls)
+    return "\n".join(f"<tool>\n{json.dumps(call, ensure_ascii=False)}\n</tool>" for call in written)
+
+
+def first_block(text: str, tag: str) -> str | None:
+    """The text in the first complete block of a tag; None without one."""
+    _, opened, rest = text.partition(f"<{tag}>")
+    inner, closed, _ = rest.partition(f"</{tag}>")
+    return inner if opened and closed else None
+
+
+def blocks(text: str, tag: str) -> list[tuple[int, int]]:
+    """Where the complete blocks of a tag stand, their tags included."""
+    found: list[tuple[int, int]] = []
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    start = text.find(opening)
+    while start >= 0:
+        end = text.find(closing, start + len(opening))
+        if end < 0:
+            break
+        found.append((start, end + len(closing)))
+        start = text.find(opening, found[-1][1])
+    return found
+
+
+def without_blocks(text: str, tag: str) -> str:
+    """`text` with a space for every complete block of a tag."""
+    kept, end = [], 0
+    for start, after in blocks(text, tag):
+        kept.append(text[end:start])
+        end = after
+    return " ".join([*kept, text[end:]])
+
+
+def json_value(text: str, at: int) -> tuple[Any, int] | None:
+    """The JSON value that begins at `at`, and where it ends; None where there is none that can be kept.
+
+    It is written to files and tokenised later: no NaN, no infinity, no lone surrogates, no nesting beyond `MAX_DEPTH`.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return (value, end) if _depth(value) <= MAX_DEPTH else None
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists stand in one another, counted up to one more than `MAX_DEPTH`."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        inner = [v for v in level if isinstance(v, dict | list)]
+        depth += bool(inner)
+        level = [w for v in inner for w in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def result_text(result: ToolResult) -> str:

@@ -8,7 +8,10 @@ One line is one rollout:
 `text`, `tokens` (how many the policy sampled), `value` (a critic's, of the state before it), `token_values` (the same
 before each sampled token), `anchor` (equal for turns taken in equal states) and `node` (equal for turns that rollouts
 of a tree share). A rollout may have `id` and `bootstrap` (the value of the state in which it was cut off). A run's
-rollouts.jsonl is read as it is.
+rollouts.jsonl is read as it is, and so are the traces of verifiers 0.4 (`verifiers.v1`, a `Trace.to_record()` a line):
+every sampled message is a turn, rewards are the outcome, named `turn_rewards` in the trace's `info`, one object or null
+per turn, those of turns, and credit that its nodes have, one number per sampled token, is kept. Credit can be written
+back into them.
 """
 
 import itertools
@@ -24,9 +27,11 @@ import numpy as np
 from turnwise.credit import ESTIMATORS, NEEDS, TOKEN_ESTIMATORS, TokenTable, TurnTable, turn_means, turn_table
 from turnwise.credit.table import LARGEST, Turns
 from turnwise.errors import InputError
-from turnwise.tasks import Record, read_lines, record_of_line
+from turnwise.records import Record, read_lines, record_of_line
 
 TURN_FIELDS = ("rewards", "text", "tokens", "value", "token_values", "anchor", "node")
+VERIFIERS_FIELDS = ("nodes", "task", "rewards")
+"""The fields by which a line is a trace of verifiers."""
 RUN_FIELDS = ("step",)
 RUN_ROLLOUT_FIELDS = ("task_id", "group", "prompt_ids", "turns", "turn_rewards", "outcome_rewards")
 ROLLOUT_FIELDS = ("group", "id", "turns", "outcome", "bootstrap")
@@ -43,6 +48,8 @@ class TracedTurn:
     token_values: tuple[float, ...] | None = None
     anchor: Hashable = None
     node: Hashable = None
+    token_advantages: tuple[float, ...] | None = None
+    """The credit that the tool which recorded it gave its sampled tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +72,19 @@ def read_traces(path: Path) -> list[Trace]:
     traces = []
     for number, record in _whole_records(path):
         place = f"{path.name}:{number}"
-        traces.append(_of_run(record, place) if "rollout" in record else _trace(record, place))
+        traces.append(_read(record, place))
     return traces
+
+
+def _read(record: Record, place: str) -> Trace:
+    if "rollout" in record:
+        return _of_run(record, place)
+    return _of_verifiers(record, place) if is_verifiers(record) else _trace(record, place)
+
+
+def is_verifiers(record: Record) -> bool:
+    """Whether a line is a trace of verifiers."""
+    return all(name in record for name in VERIFIERS_FIELDS)
 
 
 def _whole_records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -155,6 +173,31 @@ def _traces_credit(name: str, traces: Sequence[Trace], table: TurnTable) -> Turn
     return turn_means(tokens, TOKEN_ESTIMATORS[name](tokens).advantages)
 
 
+def recorded_credit(traces: Sequence[Trace]) -> Turns | None:
+    """The credit that rollouts were recorded with, a mean over each turn's tokens; None unless all turns have it."""
+    given = [turn.token_advantages for trace in traces for turn in trace.turns]
+    return None if any(own is None for own in given) else np.array([np.mean(own) for own in given if own is not None])
+
+
+def verifiers_lines(source: Path, name: str) -> list[str]:
+    """The traces of verifiers in a file once more, a line each, with the credit of a method in their sampled nodes.
+
+    Every sampled token has its turn's advantage (`MessageNode.advantages`); nothing else is changed. Raises InputError
+    for other rollouts, or where the method cannot take them.
+    """
+    records = [record for _, record in _whole_records(source)]
+    others = [k for k, record in enumerate(records, start=1) if not is_verifiers(record)]
+    if others:
+        raise InputError(f"{source} must hold traces of verifiers, to write credit into; rollout {others[0]} is none")
+    traces = read_traces(source)
+    advantages = iter(traces_credit(name, traces, traces_table(traces)).tolist())
+    for record, trace in zip(records, traces, strict=True):
+        nodes = [node for node in record["nodes"] if node.get("sampled")]
+        for node, turn in zip(nodes, trace.turns, strict=True):
+            node["advantages"] = [next(advantages)] * (turn.tokens or 0)
+    return [json.dumps(record) for record in records]
+
+
 def _table(
     traces: Sequence[Trace],
     groups: dict[Hashable, int],
@@ -235,7 +278,8 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
                 f"{place} must be a rollout that a run recorded; its {where} has no field {lost[0]!r}; repair it"
             )
     try:
-        seen = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
+        replies = [rollout["prompt_ids"], *(turn["reply_ids"] for turn in rollout["turns"][:-1])]
+        seen = rollout.get("states") or [tuple(ids) for ids in replies]  # equal observations are taken for equal states
         nodes = rollout.get("nodes") or [None] * len(seen)
         values = record.get("baselines", {}).get("value") or [None] * len(seen)
         return Trace(
@@ -246,7 +290,7 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
                     rewards=_rewards(rewards, place),
                     text=turn["text"],
                     tokens=len(turn["action_ids"]),
-                    anchor=tuple(observed),  # equal observations are taken for equal states
+                    anchor=observed,
                     node=node,
                     value=None if value is None else _number(value, place, "value"),
                     token_values=token_values,
@@ -269,6 +313,61 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
         raise InputError(
             f"{place} must be a rollout that a run recorded; {type(error).__name__}: {error}; repair or delete the line"
         ) from error
+
+
+def _of_verifiers(record: Mapping[str, Any], place: str) -> Trace:
+    """A trace of verifiers: its sampled messages in their order."""
+    try:
+        task, nodes = record["task"], record["nodes"]
+        sampled = [k for k, node in enumerate(nodes) if node.get("sampled")]
+        paid = (record.get("info") or {}).get("turn_rewards") or [None] * len(sampled)
+        if len(paid) != len(sampled):
+            raise InputError(
+                f"{place}: turn_rewards must be one per sampled node, {len(sampled)}; got {len(paid)}; repair the line"
+            )
+        outcome = {
+            name: reward["score"] * reward.get("weight", 1.0)
+            for name, reward in record["rewards"].items()
+            if reward is not None
+        }
+        return Trace(
+            id=str(record.get("id", place)),
+            group=str(task.get("key") or task.get("hash") or json.dumps(task["data"], sort_keys=True)),
+            turns=tuple(
+                _verifiers_turn(nodes, k, rewards, f"{place}, node {k}")
+                for k, rewards in zip(sampled, paid, strict=True)
+            ),
+            outcome=_rewards(outcome, f"{place}, rewards"),
+        )
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{place} must be a trace of verifiers; {type(error).__name__}: {error}; repair or delete the line"
+        ) from error
+
+
+def _verifiers_turn(nodes: Sequence[Mapping[str, Any]], k: int, rewards: Any, place: str) -> TracedTurn:
+    node, before = nodes[k], nodes[k].get("parent")
+    tokens = sum(node.get("mask") or ())
+    if not tokens:
+        raise InputError(f"{place} must have a mask of its sampled tokens; it has none; record the traces for training")
+    given = node.get("advantages")
+    if given is not None and len(given) != tokens:
+        raise _wrong(place, "advantages", f"a list of a number for each of {tokens} sampled tokens", given)
+    return TracedTurn(
+        rewards=_rewards(rewards, place),
+        text=_message_text(node["message"]),
+        tokens=tokens,
+        anchor="" if before is None else json.dumps([nodes[before]["message"][name] for name in ("role", "content")]),
+        token_advantages=None if given is None else tuple(_number(value, place, "advantages") for value in given),
+    )
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    """What a message says, and which tools it calls."""
+    calls = [f"{call['name']}({call['arguments']})" for call in message.get("tool_calls") or ()]
+    return "\n".join([message["content"] or "", *calls]).strip()
 
 
 def _by_turn(values: Any, rollout: Mapping[str, Any], place: str) -> list[tuple[float, ...] | None]:

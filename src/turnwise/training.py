@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,24 +19,29 @@ import torch
 from turnwise.batch import Row
 from turnwise.config import CRITIC_METHODS, TrainConfig
 from turnwise.cores import parts_at_once
+from turnwise.correction import corrected
 from turnwise.credit import (
     TOKEN_ESTIMATORS,
 )
-from turnwise.crediting import Credited, credit_rollouts
+from turnwise.crediting import Credited, credit_rollouts, has_signal
 from turnwise.critic import Critic, make_critic
+from turnwise.devices import check_device
 from turnwise.errors import ConfigError, RunError
 from turnwise.evaluation import (
     check_prompts,
     draw,
     make_engines,
     mean_metrics,
+    place,
     play,
     rollout_limits,
     spread,
 )
 from turnwise.judge import is_judged, judge_metrics
 from turnwise.learning import update
-from turnwise.policy import load_policy
+from turnwise.lora import add_lora, is_adapted
+from turnwise.memory import MemoryEstimate, check_memory, memory_estimate, rollout_lengths
+from turnwise.policy import Policy, load_policy, named_folder
 from turnwise.rollout import sampled_tokens
 from turnwise.rundir import (
     append_lines,
@@ -51,6 +57,7 @@ from turnwise.rundir import (
     write_config,
 )
 from turnwise.setting import Setting, make_setting
+from turnwise.trackers import check_tracker, tracking
 from turnwise.types import Rollout, Task
 from turnwise.watch import new_warnings
 
@@ -62,6 +69,10 @@ class Display(Protocol):
 
     def show(self, record: Record) -> None:
         """A line of metrics.jsonl has been written."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line about the run as a whole."""
         ...
 
 
@@ -93,6 +104,7 @@ def train(
     config = dataclasses.replace(config, **options) if config else TrainConfig(**options)
     if resume:
         config = resumed_config(config, given=options)
+    check_tracker(config.tracker)
     if config.threads:
         torch.set_num_threads(config.threads)
     setting = make_setting(config)
@@ -103,11 +115,39 @@ def train(
         write_config(config.out, config)
     else:
         create_run(config.out, config)
-    with _interruptible() as interrupted:
-        return run.play_out(display, interrupted)
+    if display and run.memory:
+        display.say(run.memory.text())
+    with tracking(config, after=run.step if resume else None) as tracker, _interruptible() as interrupted:
+        return run.play_out(_Displays(tracker, display), interrupted)
 
 
-RESUMABLE = ("out", "steps", "token_budget", "threads")
+class _Displays:
+    """Several displays as one; None is none."""
+
+    def __init__(self, *displays: Display | None) -> None:
+        self.displays = [display for display in displays if display]
+
+    def show(self, record: Record) -> None:
+        """Shows the record everywhere."""
+        for display in self.displays:
+            display.show(record)
+
+    def say(self, text: str) -> None:
+        """Says the line everywhere."""
+        for display in self.displays:
+            display.say(text)
+
+
+def planned_memory(config: TrainConfig) -> MemoryEstimate:
+    """What a run with this configuration would take, without starting it."""
+    setting = make_setting(config)
+    policy = start_policy(setting.config)
+    lengths = rollout_lengths(setting, policy)
+    found = check_memory(policy.model, setting.config, lengths)
+    return found or memory_estimate(policy.model, setting.config, lengths)
+
+
+RESUMABLE = ("out", "steps", "token_budget", "threads", "device", "tracker")
 """The options that may change where a run goes on."""
 
 
@@ -115,7 +155,8 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     """The configuration of the run in `config.out`, with what may change of the options that were asked for.
 
     Asked for are those in `given` and those that are not at their defaults. A run may go on with more steps, a larger
-    token budget, in another place, and on other cores; its other options hold. Raises ConfigError for one that differs.
+    token budget, in another place, on other cores or another device, and with another tracker; its other options hold.
+    Raises ConfigError for one that differs.
     """
     saved = read_config(config.out)
     defaults = TrainConfig()
@@ -132,25 +173,55 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     return dataclasses.replace(saved, **{name: asked[name] for name in RESUMABLE if name in asked})
 
 
+JUDGED_BY = ("exact_match", "success", "environment_return")
+"""By which metric of a validation the best checkpoint is chosen: the first that there is."""
+
+
+def start_policy(config: TrainConfig) -> Policy:
+    """The policy that a run begins with, with a fresh adapter where LoRA is asked for."""
+    policy = load_policy(config.start)
+    if is_adapted(policy.model):
+        raise ConfigError(
+            f"policy must be a plain checkpoint to start from; {config.start} is an adapter; make one of it: turnwise "
+            f"export {config.start} --out FOLDER"
+        )
+    if config.lora_rank:
+        folder, revision = named_folder(config.start)
+        add_lora(
+            policy.model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha or 2 * config.lora_rank,
+            targets=config.lora_targets,
+            seed=config.seed,
+            base=config.start if revision else str(folder.resolve()),
+            revision=revision,
+        )
+    return policy
+
+
 class _Run:
     """The state of a run in progress."""
 
     def __init__(self, config: TrainConfig, setting: Setting) -> None:
         self.config = config
         self.setting = setting
-        self.policy = load_policy(config.start)
+        check_device(config.device)
+        self.policy = start_policy(config)
         self.limits = rollout_limits(config, self.policy)
         check_prompts(setting, self.policy, self.limits)
+        self.memory = check_memory(self.policy.model, config, rollout_lengths(setting, self.policy))
+        place(self.policy, config)
         self.optimizer = self._optimizer()
         self.critic = self._critic()
-        self.reference = load_policy(config.start) if config.kl_coef > 0 else None
+        self.reference = self._reference()
         self.step = 0
         self.saved_step = 0
-        self.best = -1.0
+        self.best = -sys.float_info.max
         self.validation: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
         self.sampled_tokens = 0
+        self.drawn_tasks = 0
         self.is_between_steps = True
         """Whether the weights are those of the last whole step; an update that fails may leave them in between."""
         self.engines = make_engines(self.policy, self.config)
@@ -158,11 +229,17 @@ class _Run:
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         return torch.optim.AdamW(
-            self.policy.model.parameters(),
+            self.policy.learned,
             lr=config.learning_rate,
             betas=(0.9, config.adam_beta2),
             weight_decay=0.0,
         )
+
+    def _reference(self) -> Policy | None:
+        """What the policy is held to: its start, which a policy with an adapter is without it."""
+        if self.config.kl_coef == 0:
+            return None
+        return self.policy if self.config.lora_rank else place(load_policy(self.config.start), self.config)
 
     def _critic(self) -> Critic | None:
         config = self.config
@@ -182,7 +259,9 @@ class _Run:
             self._cut_logs(after_step=-1)
             return
         folder, state = latest_checkpoint(self.config.out)
-        self.policy = load_policy(folder)
+        self.policy = place(load_policy(folder), self.config)
+        if self.config.lora_rank:
+            self.reference = self._reference()
         self.optimizer = self._optimizer()
         load_optimizer(self.optimizer, folder)
         self.critic = self._critic()
@@ -192,6 +271,7 @@ class _Run:
         self.step, self.best, self.wall_s = state["step"], state["best"], state["wall_s"]
         self.validation = state["validation"]
         self.sampled_tokens = state.get("sampled_tokens", 0)  # earlier checkpoints have no count, and no budget
+        self.drawn_tasks = state.get("drawn_tasks", self.step * self.config.tasks_per_step)
         self.saved_step = self.step
         self._refresh(self.step)
         self._cut_logs(after_step=self.step)
@@ -242,44 +322,40 @@ class _Run:
 
     def _train_step(self) -> tuple[dict[str, float], list[Record]]:
         config, start = self.config, time.perf_counter()
-        tasks = step_tasks(self.setting.train, config, self.step)
-        groups = draw(
-            tasks,
-            self.setting,
-            self.engines,
-            self.policy.chat,
-            limits=self.limits,
-            temperature=config.temperature,
-            seed=(config.seed, self.step),
-            group_size=config.group_size,
-            branches=config.branches,
-        )
-        played = [(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group]
-        rollouts = self.setting.all_scored(played)
+        drawn = self._drawn()
+        rollouts = [rollout for group in drawn.played for _, rollout in group]
         rolled = time.perf_counter()
-        kept = [r for r in rollouts if r.stop != "error" and is_judged(r)]
+        kept = [r for group in drawn.kept for r in group]
         if not kept:
             raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
-        at_once = parts_at_once(self.policy.model, config.threads or torch.get_num_threads())
+        threads = config.threads or torch.get_num_threads()
+        at_once = 1 if config.gradient_checkpointing else parts_at_once(self.policy.model, threads)
         credited = credit_rollouts(kept, config, self.critic, pad_id=self.policy.chat.pad_id, at_once=at_once)
+        rows, mismatch = credited.rows, {}
+        if config.sampler_correction != "none":
+            rows, mismatch = corrected(self.policy, rows, config, at_once=at_once)
         learners = (self.reference, self.critic)
         self.is_between_steps = False
-        learning = update(self.policy, self.optimizer, credited.rows, config, self.step, *learners, at_once=at_once)
+        learning = update(self.policy, self.optimizer, rows, config, self.step, *learners, at_once=at_once)
         self._refresh(self.step + 1)
         ended = time.perf_counter()
-        tokens = sum(r.num_tokens for r in kept)
-        self.sampled_tokens += sampled_tokens(rollouts)
-        by_id = {task.id: task for task in tasks}
-        pairs = [(by_id[r.task_id], r) for r in rollouts]
+        finished = [r for r in rollouts if _is_usable(r)]
+        tokens = sum(r.num_tokens for r in finished)
+        self.sampled_tokens += sum(sampled_tokens([r for _, r in group]) for group in drawn.played)
+        self.drawn_tasks += len(drawn.played)
+        pairs = [pair for group in drawn.played for pair in group]
+        by_id = {task.id: task for task, _ in pairs}
         metrics = {
-            **mean_metrics(pairs, config.protocol),
+            **mean_metrics(pairs, config.tag_protocol),
             **judge_metrics(pairs),
-            **_reward_means(kept),
+            **_reward_means(finished),
             **_credit_metrics(credited),
+            **mismatch,
             **learning,
-            "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in kept])),
+            **(drawn.metrics() if config.dynamic_sampling else {}),
+            "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in finished])),
             "failed_rollouts": sum(r.stop == "error" for r in rollouts) / len(rollouts),
-            "tokens": float(np.mean([r.num_tokens for r in kept])),
+            "tokens": float(np.mean([r.num_tokens for r in finished])),
             "sampled_tokens": float(self.sampled_tokens),
             "tokens_per_s": tokens / (ended - start),
             "rollout_s": rolled - start,
@@ -287,14 +363,63 @@ class _Run:
         }
         return metrics, _rollout_lines(self.step + 1, by_id, kept, credited, config)
 
+    def _drawn(self) -> "_Drawn":
+        """The step's rollouts. With dynamic sampling, groups without a signal make room for further tasks.
+
+        What is still missing is drawn in each extra round; when the rounds are spent, groups without a signal fill the
+        step up, the first ones first.
+        """
+        config = self.config
+        played: list[list[tuple[Task, Rollout]]] = []
+        live: list[int] = []
+        rounds = 0
+        while True:
+            missing = config.tasks_per_step - len(live)
+            played += self._round(len(played), missing, rounds)
+            live = [i for i, group in enumerate(played) if not config.dynamic_sampling or self._is_live(group)]
+            if len(live) == config.tasks_per_step or rounds == config.dynamic_sampling:
+                break
+            rounds += 1
+        dead = [i for i in range(len(played)) if i not in set(live)]
+        chosen = sorted([*live, *dead[: config.tasks_per_step - len(live)]])
+        kept = [
+            [dataclasses.replace(r, group=number) for _, r in played[i] if _is_usable(r)]
+            for number, i in enumerate(chosen)
+        ]
+        return _Drawn(played=played, kept=kept, rounds=rounds)
+
+    def _round(self, first: int, count: int, number: int) -> list[list[tuple[Task, Rollout]]]:
+        """Scored rollouts of the next `count` tasks after the step's `first`; the draws of a round are its own."""
+        config = self.config
+        tasks = ordered_tasks(self.setting.train, config.seed, self.drawn_tasks + first, count)
+        groups = draw(
+            tasks,
+            self.setting,
+            self.engines,
+            self.policy.chat,
+            limits=self.limits,
+            temperature=config.temperature,
+            seed=(config.seed, self.step, number) if number else (config.seed, self.step),
+            group_size=config.group_size,
+            branches=config.branches,
+        )
+        played = [(task, rollout) for task, group in zip(tasks, groups, strict=True) for rollout in group]
+        scored = iter(self.setting.all_scored(played))
+        return [[(task, next(scored)) for _ in group] for task, group in zip(tasks, groups, strict=True)]
+
+    def _is_live(self, group: Sequence[tuple[Task, Rollout]]) -> bool:
+        usable = [r for _, r in group if _is_usable(r)]
+        return bool(usable) and has_signal(usable, self.config)
+
     def _validate(self, display: Display | None) -> None:
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
-        self.validation = {**mean_metrics(pairs, self.config.protocol), **judge_metrics(pairs)}
+        self.validation = {**mean_metrics(pairs, self.config.tag_protocol), **judge_metrics(pairs)}
         self._log(self.validation, display, split="validation")
-        if self.validation.get("exact_match", -1.0) > self.best:
-            self.best = self.validation["exact_match"]
+        found = next((self.validation[name] for name in JUDGED_BY if name in self.validation), None)
+        if found is not None and found > self.best:
+            self.best = found
             save_best(self.config.out, self.policy)
 
     def _log(
@@ -324,6 +449,7 @@ class _Run:
             "wall_s": self.wall_s,
             "validation": self.validation,
             "sampled_tokens": self.sampled_tokens,
+            "drawn_tasks": self.drawn_tasks,
         }
         save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state, self.critic)
 
@@ -331,15 +457,34 @@ class _Run:
 # --- the parts of a step ----------------------------------------------------------------------------
 
 
-def step_tasks(tasks: Sequence[Task], config: TrainConfig, step: int) -> list[Task]:
-    """A step's questions: the next ones in an order that is shuffled anew for every pass over them.
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """What a step has drawn."""
 
-    A function of the seed and the step alone, so that every method sees the same questions.
+    played: list[list[tuple[Task, Rollout]]]
+    """Every group, in the order of the tasks."""
+    kept: list[list[Rollout]]
+    """The groups that the step learns from, numbered anew, without the rollouts that failed."""
+    rounds: int
+
+    def metrics(self) -> dict[str, float]:
+        """How much was drawn beside what the step learns from."""
+        return {"dropped_groups": float(len(self.played) - len(self.kept)), "extra_rounds": float(self.rounds)}
+
+
+def _is_usable(rollout: Rollout) -> bool:
+    """Whether neither the environment nor the judge failed."""
+    return rollout.stop != "error" and is_judged(rollout)
+
+
+def ordered_tasks(tasks: Sequence[Task], seed: int, first: int, count: int) -> list[Task]:
+    """`count` questions from place `first` on, in an order that is shuffled anew for every pass over them.
+
+    A function of the seed and the place alone, so that every method sees the same questions.
     """
-    positions = range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step)
     chosen = []
-    for epoch, block in itertools.groupby(positions, lambda p: p // len(tasks)):
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(tasks))
+    for epoch, block in itertools.groupby(range(first, first + count), lambda p: p // len(tasks)):
+        order = np.random.default_rng([seed, epoch]).permutation(len(tasks))
         chosen += [tasks[order[p % len(tasks)]] for p in block]
     return chosen
 

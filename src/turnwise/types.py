@@ -9,32 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
-Stop = Literal["answer", "no_action", "max_turns", "max_tokens", "error"]
+Role = Literal["system", "user", "assistant", "tool"]
+Stop = Literal["answer", "no_action", "done", "max_turns", "max_tokens", "error"]
 """Why a rollout ended. `answer`: the policy gave its final answer. `no_action`: a message with neither a
-tool call nor an answer, which ends the rollout as an answer that is absent. `max_turns`: the last granted
-turn still called a tool. `max_tokens`: a turn or the context was cut off. `error`: the environment failed."""
-TERMINATED: frozenset[str] = frozenset({"answer", "no_action"})
+tool call nor an answer, which ends the rollout as an answer that is absent. `done`: the environment said that the task
+is over. `max_turns`: the last granted turn still called a tool, or left the task open. `max_tokens`: a turn or the
+context was cut off. `error`: the environment failed."""
+TERMINATED: frozenset[str] = frozenset({"answer", "no_action", "done"})
 """The stops by which a rollout ended itself; every other stop is a truncation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Message:
-    """One message of a conversation, as text."""
-
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One problem: a question, the answers that count as right, and what the reports group by."""
-
-    id: str
-    question: str
-    answers: tuple[str, ...]
-    kind: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +28,42 @@ class ToolCall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message of a conversation, as text; a model's own chat template writes its calls and tools."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls that an assistant's message makes, where they are not in its text."""
+    name: str | None = None
+    """The tool that a message of role `tool` comes from."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """On a conversation's first message: the JSON schemas of the tools that the policy is told of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One problem: a question, the answers that count as right, and what the reports group by.
+
+    An environment that decides by itself what is right needs no answers; what is measured by them is absent then.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToolResult:
     """What a tool call came to. `error` is None or the error class: `parse`, `unknown_tool`,
-    `bad_arguments`, `exception`."""
+    `bad_arguments`, `exception`, `timeout`, `bad_result`."""
 
     text: str
     error: str | None = None
     duration_s: float = 0.0
+    """Seconds from the call to its result, waiting for a place and new tries included."""
     documents: tuple[str, ...] | None = None
     """Ids of the articles that the call returned, best first; None where the tool does not say."""
 
@@ -97,6 +108,8 @@ class Turn:
     """What the calls came to, in their order; empty where this turn made none, or none was executed."""
     reply_ids: tuple[int, ...] = ()
     """Token ids that the environment appended after this turn (never sampled)."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """What the environment itself paid for this turn, by name; empty where it pays nothing, which is not 0."""
 
     @property
     def result(self) -> ToolResult | None:
@@ -144,6 +157,10 @@ class Rollout:
     """Which node of its group's tree each turn is; rollouts that share a turn name the same node. Empty: no tree."""
     judgement: Judgement | None = None
     """What a judge said of it; None where none was asked."""
+    success: bool | None = None
+    """Whether the environment says that the task was solved; None where it does not say."""
+    states: tuple[str, ...] = ()
+    """The environment's name for the state before each turn, equal for equal states; empty where it names none."""
 
     @property
     def terminated(self) -> bool:
@@ -170,7 +187,8 @@ def rollout_from_json(line: str) -> Rollout:
     turns = tuple(_turn(t) for t in data.pop("turns"))
     data["prompt_ids"] = tuple(data["prompt_ids"])
     data["turn_rewards"] = tuple(data["turn_rewards"])
-    data["nodes"] = tuple(data.get("nodes", ()))  # records of before there were trees have none
+    for name in ("nodes", "states"):  # records of before there were any have none
+        data[name] = tuple(data.get(name, ()))
     judgement = data.pop("judgement", None)
     return Rollout(turns=turns, judgement=_judgement(judgement) if judgement else None, **data)
 

@@ -28,8 +28,8 @@ def new_warnings(history: History, *, max_turns: int, critic_warmup_steps: int =
 
 
 def _all_truncated(history: History) -> str | None:
-    """No rollout of the step ended itself."""
-    if not history or history[-1].get("terminated", 1.0) > 0:
+    """No rollout of the step ended itself, and none was paid on the way by its environment."""
+    if not history or history[-1].get("terminated", 1.0) > 0 or "environment_return" in history[-1]:
         return None
     return (
         "all rollouts of a step were cut off: none gave its answer within its budget, so outcomes teach nothing; raise "
@@ -64,7 +64,7 @@ def _dead_critic(history: History) -> str | None:
 
 def _runaway_turns(history: History) -> str | None:
     """Nearly all rollouts use every turn, while few answers are right and no more than before."""
-    if len(history) < 2 * STEPS:
+    if len(history) < 2 * STEPS or "exact_match" not in history[-1]:
         return None
     before, last = history[-2 * STEPS : -STEPS], history[-STEPS:]
     right, rightly_before = (

@@ -100,12 +100,11 @@ def batch_turn_ids(action: np.ndarray, turn_ids: Sequence[Sequence[int]] | np.nd
     from_mask = turn_ids_from_mask(action)
     if turn_ids is None:
         return from_mask
-    given = np.full(from_mask.shape, -1)
+    given: np.ndarray = np.full(from_mask.shape, -1)
     for i, row in enumerate(turn_ids):
         given[i, : len(row)] = np.asarray(row[: given.shape[1]], dtype=np.int64)
-    odd = np.argwhere((given >= 0) != (from_mask >= 0))
-    blank = (from_mask < 0).all(1)  # a trainer masks whole rows out, such as those that were cut off
-    odd = odd[~blank[odd[:, 0]]] if len(odd) else odd
+    blank = np.all(from_mask < 0, axis=1)  # a trainer masks whole rows out, such as those that were cut off
+    odd = np.argwhere(((given >= 0) != (from_mask >= 0)) & ~blank[:, None])
     if len(odd):
         row, at = odd[0].tolist()
         raise InputError(
@@ -250,14 +249,16 @@ def row_credit(rows: Sequence[CreditRow | None], estimator: str, options: Mappin
         if estimator in TOKEN_ESTIMATORS:
             found: TokenCredit = function(table, **options)
             tokens, returns = found.advantages, found.returns
+            turns = turn_means(table, tokens)
         else:
             credit: Credit = function(table.turns, **options)
-            tokens = broadcast(table, credit.advantages)
+            tokens, turns = broadcast(table, credit.advantages), credit.advantages
             if estimator in WITH_CRITIC and "turn" in credit.streams:
                 returns = np.full(len(tokens), np.nan)
                 returns[_first_tokens(table)] = credit.streams["turn"].value
-        tokens = whiten_tokens(table, tokens) if whiten else tokens
-        turns = turn_means(table, tokens) if whiten or estimator in TOKEN_ESTIMATORS else credit.advantages
+        if whiten:
+            tokens = whiten_tokens(table, tokens)
+            turns = turn_means(table, tokens)
     except ConfigError:
         raise
     except ValueError as error:

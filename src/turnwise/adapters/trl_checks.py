@@ -116,9 +116,9 @@ def _credited(turn_rewards: Any, outcomes: Any) -> tuple[Any, Any, float]:
     """TRL's batch of two-turn rollouts with these rewards, the metrics that it logs, and the loss."""
     from datasets import Dataset
 
-    from turnwise.adapters.trl import GRPOConfig, TurnGRPOTrainer, rollout_return
     from turnwise.policy import embedded_checkpoint
 
+    adapter: Any = importlib.import_module("turnwise.adapters.trl")
     size = len(turn_rewards)
 
     def given(prompts: Any, trainer: Any) -> dict[str, Any]:
@@ -133,9 +133,9 @@ def _credited(turn_rewards: Any, outcomes: Any) -> tuple[Any, Any, float]:
 
     prompt = [{"role": "user", "content": "What is the capital of Kenya?"}]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = TurnGRPOTrainer(
+        trainer = adapter.TurnGRPOTrainer(
             str(embedded_checkpoint()),
-            args=GRPOConfig(
+            args=adapter.GRPOConfig(
                 folder,
                 per_device_train_batch_size=size,
                 num_generations=size,
@@ -146,7 +146,7 @@ def _credited(turn_rewards: Any, outcomes: Any) -> tuple[Any, Any, float]:
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list([{"prompt": prompt}]),
-            reward_funcs=[rollout_return],
+            reward_funcs=[adapter.rollout_return],
             rollout_func=given,
             estimator="mt-grpo",
         )

@@ -18,11 +18,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from turnwise.engine import Completion, Sampling, fork_onto_session
+from turnwise.devices import computing
+from turnwise.engine import (
+    Completion,
+    Sampling,
+    Watch,
+    check_answered,
+    check_finite,
+    check_prompt,
+    fork_onto_session,
+)
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
+from turnwise.engines.families import check_model, output_logits
 from turnwise.engines.sampling import drawn_tokens
-from turnwise.errors import ConfigError, InputError
+from turnwise.errors import ConfigError
 
 PREFILL_TOKENS = 8192
 """Most tokens, padding included, of one prefill pass."""
@@ -30,7 +40,6 @@ HOLE_STEPS = 16
 """Decode steps of one row that cost about as much as moving it: so long may a hole stay open."""
 GRACE_S = 0.02
 """How long an engine with nothing to decode waits for a session to return before it evicts one."""
-ALTERED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass(kw_only=True)
@@ -53,6 +62,7 @@ class _Request:
     prompt: np.ndarray
     sampling: Sampling
     future: asyncio.Future[Completion]
+    watch: Watch | None = None
 
 
 class _Rows:
@@ -61,9 +71,10 @@ class _Rows:
     A row is *active* (decoding), *reserved* for its session between turns, or free.
     """
 
-    def __init__(self, rows: int, length: int) -> None:
+    def __init__(self, rows: int) -> None:
         self.active = np.zeros(rows, bool)
         self.reserved = np.zeros(rows, bool)
+        self.watched = np.zeros(rows, bool)  # whether someone wants to know of each token
         self.length = np.zeros(rows, np.int64)  # tokens in the key-value cache; 0 where free
         self.start = np.zeros(rows, np.int64)  # where the tokens of the present request begin
         self.end = np.zeros(rows, np.int64)  # and where its budget ends
@@ -71,9 +82,18 @@ class _Rows:
         self.temperature = np.zeros(rows)
         self.request = np.full(rows, None, object)
         self.session = np.full(rows, None, object)
-        self.tokens = np.zeros((rows, length), np.int64)
-        self.logprobs = np.zeros((rows, length))
-        self.uniforms = np.zeros((rows, length))
+        self.tokens = np.zeros((rows, 0), np.int64)
+        self.logprobs = np.zeros((rows, 0))
+        self.uniforms = np.zeros((rows, 0))
+
+    def reserve(self, length: int) -> None:
+        """Room for rows of `length` tokens: a model's whole context, of 100,000 and more, is rarely needed."""
+        missing = length - self.tokens.shape[1]
+        if missing > 0:
+            more = ((0, 0), (0, max(missing, self.tokens.shape[1] // 4)))
+            self.tokens, self.logprobs, self.uniforms = (
+                np.pad(array, more) for array in (self.tokens, self.logprobs, self.uniforms)
+            )
 
     def move(self, target: np.ndarray, source: np.ndarray) -> None:
         """Rows `source` become rows `target`; both may overlap, as in a swap."""
@@ -87,13 +107,13 @@ class _Rows:
 
 
 class HFEngine:
-    """Continues token ids with an in-memory transformers decoder of the Llama/Qwen family.
+    """Continues token ids with an in-memory transformers decoder (see docs/models.md for which).
 
     Batches over everything alive. A session's row stays reserved until `release`, so that its next
     turn feeds only what is new; where sessions outnumber rows, requests wait. Equal waiting prompts
     are fed once. A completion depends on its prompt and its seed, not on what else is in the batch.
 
-    Raises ConfigError for a model whose logits or attention the engine would get wrong. Call
+    Raises ConfigError for a model whose attention the engine would get wrong. Call
     `refresh` after every change of the weights.
     """
 
@@ -105,7 +125,7 @@ class HFEngine:
         max_rows: int = 256,
         max_context: int,
     ) -> None:
-        _check_model(model.config)
+        check_model(model, context=max_context)
         if max_rows < 1 or max_context < 2:
             raise ConfigError(
                 "an engine must have max_rows >= 1 and max_context >= 2; "
@@ -117,9 +137,9 @@ class HFEngine:
         self.stats = EngineStats()
         self._model = model
         self._decoder: Any = model.get_decoder()
-        self._head: Any = model.get_output_embeddings()
         self._device = next(model.parameters()).device
-        self._vocab = self._head.weight.shape[0]
+        self._draws_on = torch.device("cpu") if self._device.type == "mps" else self._device  # Apple has no float64
+        self._vocab = model.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
         self._sliding = sliding_layers(model)
         self._is_stop = _stop_table(stop_ids, self._vocab)
         self._waiting: deque[_Request] = deque()
@@ -131,21 +151,25 @@ class HFEngine:
         self._arrival: asyncio.Event | None = None
         self._clear()
 
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable) -> Completion:
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: Sampling, *, session: Hashable, watch: Watch | None = None
+    ) -> Completion:
         """A completion of `prompt_ids`, the whole conversation so far, drawn token by token.
 
         Raises InputError for an empty prompt, one longer than `max_context` - 1, a token id outside
         the vocabulary, or a second request of one session before the first is answered.
         """
-        prompt = self._checked_prompt(prompt_ids)
+        check_prompt(prompt_ids, vocab=self._vocab, max_context=self.max_context)
         earlier = self._sessions.get(session)
-        if earlier is not None and not earlier.future.done():
-            raise InputError(
-                f"a session must wait for its answer before it asks again; got a second request of "
-                f"session {session!r}; give every conversation its own session"
-            )
+        check_answered(earlier is None or earlier.future.done(), session)
         loop = asyncio.get_running_loop()
-        request = _Request(session=session, prompt=prompt, sampling=sampling, future=loop.create_future())
+        request = _Request(
+            session=session,
+            prompt=np.asarray(prompt_ids, np.int64),
+            sampling=sampling,
+            future=loop.create_future(),
+            watch=watch,
+        )
         self._sessions[session] = request
         self._waiting.append(request)
         self._notify()
@@ -231,6 +255,7 @@ class HFEngine:
         rows, prompt, sampling = self._rows, request.prompt, request.sampling
         size = len(prompt)
         budget = min(sampling.max_tokens, self.max_context - size)
+        rows.reserve(size + budget)
         cached = rows.tokens[row, : rows.length[row]]
         rows.length[row] = _common_prefix(cached, prompt[:-1])
         rows.tokens[row, :size] = prompt
@@ -238,6 +263,7 @@ class HFEngine:
         rows.uniforms[row, size : size + budget] = _uniforms(sampling.seed, budget)
         rows.temperature[row] = sampling.temperature
         rows.request[row], rows.session[row] = request, request.session
+        rows.watched[row] = request.watch is not None
         rows.active[row] = rows.reserved[row] = True
         self._row_of[request.session] = row
 
@@ -274,7 +300,7 @@ class HFEngine:
         self._clear()
 
     def _clear(self) -> None:
-        self._rows = _Rows(self.max_rows, self.max_context)
+        self._rows = _Rows(self.max_rows)
         self._cache = RowCache(self._sliding)
         self._waiting.clear()
         self._row_of.clear()
@@ -283,20 +309,6 @@ class HFEngine:
     def _notify(self) -> None:
         if self._arrival is not None:
             self._arrival.set()
-
-    def _checked_prompt(self, prompt_ids: Sequence[int]) -> np.ndarray:
-        prompt = np.asarray(prompt_ids, np.int64)
-        if not 1 <= len(prompt) < self.max_context:
-            raise InputError(
-                f"a prompt must have 1 to {self.max_context - 1} tokens (max_context - 1); "
-                f"got {len(prompt)}; shorten it or raise max_context"
-            )
-        if prompt.min() < 0 or prompt.max() >= self._vocab:
-            raise InputError(
-                f"token ids must be in [0, {self._vocab}); got {prompt.min()} to {prompt.max()}; "
-                "use the tokenizer that belongs to the model"
-            )
-        return prompt
 
     # ---- tensors ----
 
@@ -434,13 +446,14 @@ class HFEngine:
             near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(min=0))),
         )
         place = self._tensor(positions)
-        return self._decoder(
-            input_ids=self._tensor(ids),
-            position_ids=place,
-            attention_mask=self._masks(place, read_length, None if near is None else self._tensor(near)),
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        with computing(self._model):
+            return self._decoder(
+                input_ids=self._tensor(ids),
+                position_ids=place,
+                attention_mask=self._masks(place, read_length, None if near is None else self._tensor(near)),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
 
     def _masks(
         self, positions: torch.Tensor, length: int, near: torch.Tensor | None
@@ -456,21 +469,22 @@ class HFEngine:
         """Draw the next token of rows `active` [B] from `hidden` [B, d]; answer what is done."""
         rows = self._rows
         place = rows.length[active]
+        with computing(self._model):
+            logits = output_logits(self._model, hidden).to(self._draws_on)
         tokens, logprobs = drawn_tokens(
-            self._head(hidden),
-            self._tensor(rows.temperature[active]),
-            self._tensor(rows.uniforms[active, place]),
+            logits,
+            torch.from_numpy(rows.temperature[active]).to(self._draws_on),
+            torch.from_numpy(rows.uniforms[active, place]).to(self._draws_on),
         )
         ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
-        if not np.isfinite(values).all():
-            raise InputError(
-                "the model must give finite logits; got a log-probability that is not; "
-                "check the weights (a diverged run?)"
-            )
+        check_finite(values)
         rows.tokens[active, place] = ids
         rows.logprobs[active, place] = values
         rows.used[active] = self.stats.decode_steps
         self.stats.decoded_tokens += len(active)
+        heard = rows.watched[active]
+        for request, token in zip(rows.request[active[heard]].tolist(), ids[heard].tolist(), strict=True):
+            request.watch(token)
         done = self._is_stop[ids] | (place + 1 == rows.end[active])
         for row in active[done]:
             self._answer(int(row))
@@ -529,32 +543,3 @@ def _stop_table(stop_ids: Iterable[int], vocab: int) -> np.ndarray:
     table = np.zeros(vocab, bool)
     table[ids] = True
     return table
-
-
-def _check_model(config: Any) -> None:
-    """Refuse what the engine would silently compute wrong."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None)
-    odd = sorted(kinds - {"full_attention", "sliding_attention"})
-    if odd or (window and not kinds):
-        raise ConfigError(
-            "an engine's model must have full or sliding attention in every layer, and say which; got "
-            f"{', '.join(odd) or 'a sliding_window without layer_types'}; take another model"
-        )
-    altered = [name for name in ALTERED_LOGITS if getattr(config, name, None) not in (None, 1)]
-    if altered:
-        raise ConfigError(
-            f"an engine's model must give the output layer's logits as they are; got a config with "
-            f"{altered[0]}; take a model of the Llama or Qwen family"
-        )
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ConfigError(
-            f"an engine's model must be loaded with attn_implementation 'sdpa' or 'eager'; "
-            f"got {config._attn_implementation!r}; load it with 'sdpa'"
-        )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise ConfigError(
-            "an engine's model must have rotary frequencies that do not depend on the length; "
-            f"got rope_type {rope!r}; take 'default', 'linear', 'llama3' or 'yarn'"
-        )

@@ -32,6 +32,8 @@ CHARTS: dict[str, tuple[str, str]] = {
     "tool_execution": ("Tool execution", "Share of rollouts whose tool call ran"),
     "exact_match": ("Exact match", "Share of rollouts whose answer is right"),
     "answer_in_results": ("Answer in results", "Share of rollouts whose search found an answer"),
+    "success": ("Success", "Share of rollouts that the environment calls solved"),
+    "environment_return": ("Environment’s return", "Sum of what the environment pays a rollout, unweighted"),
     "return": ("Return", "Sum of all rewards of a rollout"),
     "entropy": ("Entropy", "Of the policy’s next token, in nats"),
     "kl": ("KL to the start", "How far the policy has moved, in nats per token"),
@@ -39,7 +41,7 @@ CHARTS: dict[str, tuple[str, str]] = {
     "dead_groups": ("Dead groups", "Share of groups without any difference to learn from"),
 }
 """Title and explanation by metric, in reading order."""
-RATES = frozenset({"tool_execution", "exact_match", "answer_in_results", "dead_groups"})
+RATES = frozenset({"tool_execution", "exact_match", "answer_in_results", "success", "dead_groups"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ TURN_CHARS, RESULT_CHARS = 4_000, 2_000
 STOPS = {
     "answer": "gave its answer",
     "no_action": "neither called a tool nor answered",
+    "done": "came to the end",
     "max_turns": "out of turns",
     "max_tokens": "cut off: out of tokens",
     "error": "the environment failed",
@@ -143,7 +144,7 @@ def _group(group: Group, opened: bool, scale: float) -> str:
         f'data-step="{group.step}" data-task="{escaped(question)}"'
         f"{' open' if opened else ''}>"
         f"<summary>{escaped(title)} · step {group.step} · {escaped(question)}</summary>"
-        f'<h3>{escaped(question)}</h3><p class="golds">Accepted: <b>{escaped(golds)}</b>'
+        f'<h3>{escaped(question)}</h3><p class="golds">{f"Accepted: <b>{escaped(golds)}</b>" if golds else ""}'
         f"{f' <span>({escaped(one_line(first.task.kind))})</span>' if first.task.kind else ''}</p>"
         f'<p class="tally">{escaped(_tally(group))}</p><div class="cards">{cards}</div></details>'
     )
@@ -165,7 +166,7 @@ def _tally(group: Group) -> str:
     own = math.fsum(total_reward(x) - outcome_reward(x) for x in group.lines) / n
     text = f"{n} rollouts: {called} ran a tool"
     if right:
-        text += f", {sum(right)} answered right"
+        text += f", {sum(right)} {'answered right' if group.lines[0].task.answers else 'solved the task'}"
     text += f". Mean turn reward {number(own)}, mean outcome {number(outcome)}."
     if n > MAX_GROUP:
         text += f" The {MAX_GROUP} with the highest return are shown."
@@ -177,7 +178,9 @@ def _ran_tool(line: RolloutLine) -> bool:
 
 
 def _is_right(line: RolloutLine) -> bool | None:
-    """Whether the answer is exactly right; None where no reward says so."""
+    """Whether the answer is exactly right, or the environment says so; None where neither a reward nor it does."""
+    if line.rollout.success is not None:
+        return line.rollout.success
     value = line.rollout.outcome_rewards.get("exact_match")
     return None if value is None else value > 0
 
@@ -195,6 +198,10 @@ def _card(line: RolloutLine, why: Sequence[str], scale: float, count: int) -> st
 def _verdict(line: RolloutLine, count: int) -> str:
     alike = f'<span class="alike">× {count} alike</span>' if count > 1 else ""
     answer = line.rollout.answer
+    if answer is None and line.task.answers == ():
+        said = STOPS.get(line.rollout.stop, line.rollout.stop).capitalize()
+        kind, mark = {True: ("right", "✓ solved"), False: ("wrong", "✗ not solved"), None: ("", "")}[_is_right(line)]
+        return f'<header><em>{escaped(said)}</em>{alike}<b class="{kind}">{mark}</b></header>'
     if answer is None:
         said = STOPS.get(line.rollout.stop, line.rollout.stop).capitalize()
         return f'<header><em>{escaped(said)}</em>{alike}<b class="wrong">✗ no answer</b></header>'

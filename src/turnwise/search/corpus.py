@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from turnwise.errors import InputError
-from turnwise.tasks import (
+from turnwise.records import (
     Record,
     field_error,
     id_field,
@@ -97,10 +97,10 @@ def corpus_files(path: Path) -> list[Path]:
 
 
 def _json_articles(path: Path) -> Iterator[Article]:
-    seen: dict[str, int] = {}
+    seen: dict[str, str] = {}
     for number, record in read_records(path):
         article = article_from_record(record, f"{path}:{number}")
-        note_id(article.id, path, number, seen)
+        note_id(article.id, f"{path}:{number}", seen)
         yield article
 
 

@@ -1,6 +1,5 @@
 """The agent's search tool, over an index in this process or over a search server."""
 
-import asyncio
 import dataclasses
 import http.client
 import json
@@ -31,7 +30,7 @@ def search_tool(index: SearchIndex, *, k: int = 1, cap: int = RESULT_CAP) -> Too
         """Looks up articles by keywords and returns the best match."""
         return _found(index.search(query, k), cap)
 
-    return tool(search, result_cap=cap)
+    return tool(search, result_cap=cap, inline=True)
 
 
 def remote_search_tool(url: str, *, k: int = 1, timeout_s: float = 10.0, cap: int = RESULT_CAP) -> Tool:
@@ -43,9 +42,9 @@ def remote_search_tool(url: str, *, k: int = 1, timeout_s: float = 10.0, cap: in
     _check_k(k)
     address = _retrieve_url(url)
 
-    async def search(query: str) -> str:
+    def search(query: str) -> str:
         """Looks up articles by keywords and returns the best match."""
-        return _found(await asyncio.to_thread(_retrieved, address, query, k, timeout_s), cap)
+        return _found(_retrieved(address, query, k, timeout_s), cap)
 
     return tool(search, result_cap=cap)
 

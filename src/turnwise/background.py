@@ -1,0 +1,218 @@
+"""Work beside the event loop that plays: a thread for each call of a function, one lasting loop for coroutines.
+
+So nothing that a tool does holds up the rollouts or the model. The loop of the coroutines lives as long as the process,
+and with it every connection that was opened on it, while each step of a training has an event loop of its own.
+"""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+class Failure:
+    """What some work raised; `SystemExit` and the like included, which must not reach the thread that does it."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+async def done_beside(function: Callable[[], Any], timeout_s: float | None) -> Any:
+    """The value or `Failure` of a call, for which this event loop does not stand still.
+
+    After `timeout_s` it is given up, as a TimeoutError's `Failure`. A coroutine is cancelled then, and where this one
+    is cancelled; neither waits for that, and a thread, which cannot be stopped, goes on by itself.
+    """
+    here = asyncio.get_running_loop()
+    waiting: asyncio.Future[Any] = here.create_future()
+    lane = _lane(here)
+
+    def tell(value: Any) -> None:
+        lane.put(lambda: None if waiting.done() else waiting.set_result(value))
+
+    stop = _begun(function, tell)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await waiting
+    except TimeoutError:
+        stop()
+        return Failure(TimeoutError(f"it took longer than {timeout_s:g} s"))
+    except asyncio.CancelledError:
+        stop()
+        raise
+
+
+def waited_for(function: Callable[[], Any]) -> Any:
+    """The value or `Failure` of a call, for code without an event loop."""
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    _begun(function, told.put)
+    return told.get()
+
+
+def _begun(function: Callable[[], Any], tell: Callable[[Any], None]) -> Callable[[], None]:
+    """Starts a call, whose value or `Failure` is told from another thread; what is returned gives it up."""
+    if not inspect.iscoroutinefunction(function):
+        _in_thread(functools.partial(_run, function, tell), tell)
+        return lambda: None
+    loop = lasting_loop()
+    tasks: list[asyncio.Task[Any]] = []
+
+    def start() -> None:
+        task = loop.create_task(_caught(function))
+        task.add_done_callback(
+            lambda done: tell(Failure(asyncio.CancelledError()) if done.cancelled() else done.result())
+        )
+        tasks.append(task)
+
+    _lane(loop).put(start)
+    return lambda: _lane(loop).put(lambda: tasks[0].cancel())
+
+
+_IDLE: list[queue.SimpleQueue[Callable[[], None]]] = []
+"""The inboxes of threads without work, the latest last."""
+_IDLE_LOCK = threading.Lock()
+_IDLE_S = 10.0
+"""Seconds that a thread waits for new work before it ends."""
+
+
+def _in_thread(work: Callable[[], None], tell: Callable[[Any], None]) -> None:
+    """Does work in an idle thread or a new one. They are daemons: one that hangs does not keep the process alive."""
+    with _IDLE_LOCK:
+        inbox = _IDLE.pop() if _IDLE else None
+    if inbox is not None:
+        inbox.put(work)
+        return
+    try:
+        threading.Thread(target=_works, args=(work,), name="turnwise-tool", daemon=True).start()
+    except RuntimeError as error:  # no more threads
+        tell(Failure(error))
+
+
+def _works(work: Callable[[], None]) -> None:
+    inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    while True:
+        work()
+        with _IDLE_LOCK:
+            _IDLE.append(inbox)
+        try:
+            work = inbox.get(timeout=_IDLE_S)
+        except queue.Empty:
+            with _IDLE_LOCK:
+                if inbox in _IDLE:
+                    _IDLE.remove(inbox)
+                    return
+            work = inbox.get()  # it was chosen in this very moment
+
+
+def _run(function: Callable[[], Any], tell: Callable[[Any], None]) -> None:
+    try:
+        value = function()
+        if inspect.isawaitable(value):
+            value = waited_for(functools.partial(_awaited, value))
+    except BaseException as error:
+        value = Failure(error)
+    tell(value)
+
+
+async def _caught(function: Callable[[], Any]) -> Any:
+    try:
+        return await function()
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return Failure(error)
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+class _Lane:
+    """Calls that other threads hand to an event loop; it is woken once for all that have come."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._calls: list[Callable[[], Any]] = []
+        self._lock = threading.Lock()
+
+    def put(self, call: Callable[[], Any]) -> None:
+        with self._lock:
+            self._calls.append(call)
+            first = len(self._calls) == 1
+        loop = self._loop()
+        if first and loop is not None:
+            with contextlib.suppress(RuntimeError):  # of a loop that is closed: nobody waits there
+                loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+
+_LANES: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
+_STARTING = threading.RLock()
+
+
+def _lane(loop: asyncio.AbstractEventLoop) -> _Lane:
+    with _STARTING:
+        lane = _LANES.get(loop)
+        if lane is None:
+            lane = _LANES[loop] = _Lane(loop)
+        return lane
+
+
+@functools.cache
+def _started_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="turnwise-tools", daemon=True).start()
+    return loop
+
+
+def lasting_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of the process on which coroutines of tools run."""
+    with _STARTING:
+        return _started_loop()
+
+
+class Gate:
+    """At most `places` holders at once, whichever event loop they run on; who waits longest comes next."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._queue: deque[Future[None]] = deque()
+        self._lock = threading.Lock()
+
+    async def __aenter__(self) -> None:
+        place: Future[None] = Future()
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            self._queue.append(place)
+        try:
+            await asyncio.wrap_future(place)
+        except asyncio.CancelledError:
+            if not place.cancel() and not place.cancelled():  # it was given a place in this very moment
+                self._leave()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            while self._queue:
+                if self._queue[0].set_running_or_notify_cancel():
+                    self._queue.popleft().set_result(None)
+                    return
+                self._queue.popleft()
+            self._free += 1
