@@ -223,12 +223,9 @@ def test_importing_the_adapter_is_light():
 
 def test_rows_of_the_dataset_name_their_task():
     from turnwise.adapters.verl_data import task_row
-    from turnwise.config import TrainConfig
-    from turnwise.setting import make_setting
+    from turnwise.types import Task
 
-    setting = make_setting(TrainConfig())
-    row = task_row(setting.train[0], setting, 7)
-    assert [m["role"] for m in row["prompt"]] == ["system", "user"]
-    assert row["prompt"][1]["content"] == setting.train[0].question
-    assert row["extra_info"] == {"index": 7, "task": setting.train[0].id}
+    row = task_row(Task(id="a", question="What is the capital of Kenya?", answers=("Nairobi",)), 7)
+    assert row["prompt"] == [{"role": "user", "content": "What is the capital of Kenya?"}]
+    assert row["extra_info"] == {"index": 7, "task": "a"}
     assert row["agent_name"] == "turnwise/environment"

@@ -214,9 +214,7 @@ def test_our_environment_is_played_through_verls_server():
         f"<reasoning>\nI read.\n</reasoning>\n<answer>\n{task.answers[0]}\n</answer>",
     ]
     server = Scripted(*replies)
-    environment = setting.environment(task)
-    messages = [{"role": m.role, "content": m.content} for m in environment.start()]
-    output = played(EnvironmentAgentLoop, server, raw_prompt=messages, extra_info={"task": task.id})
+    output = played(EnvironmentAgentLoop, server, raw_prompt=[], extra_info={"task": task.id})
     assert output.prompt_ids == server.prompts[0] == CHAT.prompt_ids(setting.environment(task).start())
     assert server.prompts[1][: len(server.prompts[0])] == server.prompts[0]
     assert output.prompt_ids + output.response_ids == server.prompts[1] + [*CHAT.encode_text(replies[1]), CHAT.end_id]
@@ -303,11 +301,23 @@ def trained(out: Path, steps: int, *more: str) -> tuple[list[dict[str, Any]], li
 
 
 def test_verls_own_training_teaches_the_tool(tmp_path: Path):
-    metrics, turns = trained(tmp_path, 6)
+    # Of turn rewards this one alone, so that what verl is paid per turn is the rate; a rollout has one call.
+    metrics, turns = trained(tmp_path, 6, "+turnwise.reward_weights={tool_execution: 1.0, exact_match: 1.0}")
     assert len(metrics) == len(turns) == 6
-    rates = [line["reward/tool_execution"] / 0.2 for line in turns]  # a rollout has one call
+    rates = [line["reward/reward"] for line in turns]
     assert rates[0] < 0.45
     assert np.mean(rates[-2:]) > rates[0] + 0.2
     assert max(line["training/rollout_probs_diff_max"] for line in metrics) < 0.05
     share = sum(line["seconds"] for line in turns) / sum(line["timing_s/step"] for line in metrics)
     assert share < 0.01
+
+
+def test_verls_critic_and_our_trainer_mode_make_mt_ppo(tmp_path: Path):
+    metrics, turns = trained(tmp_path, 2, "critic")
+    assert [line["estimator"] for line in turns] == ["mt-ppo"] * 2
+    for line in metrics:
+        assert line["turn_credit/reward/tool_execution"] > 0
+        assert line["turn_credit/reward/answer_in_results"] > 0
+        assert np.isfinite(line["critic/vf_loss"])
+        assert line["critic/advantages/mean"] == pytest.approx(0.0, abs=1e-3)  # whitened
+    assert turns[0]["abs_advantage/turn_1"] != turns[0]["abs_advantage/turn_2"]

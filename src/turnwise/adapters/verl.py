@@ -69,7 +69,10 @@ def beside(given: Beside) -> Iterator[Beside]:
 
 def register() -> tuple[str, ...]:
     """Puts the estimators into verl's registry, and returns their names there."""
-    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
+    from verl.trainer.ppo.core_algos import (  # pyright: ignore[reportMissingImports]
+        ADV_ESTIMATOR_REGISTRY,
+        register_adv_est,
+    )
 
     for name in OFFERED:
         if PREFIX + name not in ADV_ESTIMATOR_REGISTRY:

@@ -6,14 +6,14 @@ from typing import Any
 
 from turnwise.adapters.verl import PREFIX
 from turnwise.config import TrainConfig
-from turnwise.setting import Setting, make_setting
+from turnwise.setting import make_setting
 from turnwise.types import Task
 
 
-def task_row(task: Task, setting: Setting, index: int) -> dict[str, Any]:
-    """A question as a row of verl's: what the environment says first, and which task it is."""
+def task_row(task: Task, index: int) -> dict[str, Any]:
+    """A question as a row of verl's, which names its task: what the policy sees first, the environment says."""
     return {
-        "prompt": [{"role": m.role, "content": m.content} for m in setting.environment(task).start()],
+        "prompt": [{"role": "user", "content": task.question}],
         "data_source": "turnwise",
         "agent_name": f"{PREFIX}environment",
         "reward_model": {"style": "rule", "ground_truth": list(task.answers)},
@@ -30,6 +30,6 @@ def write_dataset(config: TrainConfig, folder: Path, *, tasks: int | None = None
     parts: dict[str, Sequence[Task]] = {"train": setting.train, "validation": setting.validation}
     paths = {name: folder / f"{name}.parquet" for name in parts}
     for name, part in parts.items():
-        rows = [task_row(task, setting, i) for i, task in enumerate(part[:tasks])]
+        rows = [task_row(task, i) for i, task in enumerate(part[:tasks])]
         DataFrame(rows).to_parquet(paths[name])
     return paths["train"], paths["validation"]

@@ -9,7 +9,9 @@ import asyncio
 import dataclasses
 import functools
 import json
+import tempfile
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -21,13 +23,13 @@ from verl.experimental.agent_loop.tool_agent_loop import AgentData, AgentState, 
 
 from turnwise.adapters.rows import dense_scores
 from turnwise.adapters.verl import PREFIX, loop_refusals
-from turnwise.chat import BPETokenizer, Chat
+from turnwise.chat import Chat, load_chat
 from turnwise.config import TrainConfig
 from turnwise.engine import Completion, Sampling
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.rollout import Limits, run_rollout
 from turnwise.setting import Setting, make_setting
-from turnwise.types import Message, Rollout, Task
+from turnwise.types import Rollout, Task
 
 
 class TurnOutput(AgentLoopOutput):
@@ -80,22 +82,17 @@ class EnvironmentAgentLoop(_Checked, AgentLoopBase):
     """One of our environments, played through verl's inference server; scored with our rewards.
 
     The node `turnwise` of verl's configuration holds options of `turnwise train`: tasks, corpus, tools, rewards,
-    protocol, max_turns, ... The dataset is that of `verl_data.write_dataset`, made of the same options. A rollout whose
-    environment failed is one token that was not sampled: it enters no statistics.
+    protocol, max_turns, ... The dataset is that of `verl_data.write_dataset`, made of the same options; the context is
+    data.max_prompt_length + data.max_response_length. A rollout whose environment failed is one token that was not
+    sampled: it enters no statistics.
     """
 
     async def run(self, sampling_params: dict[str, Any], **options: Any) -> TurnOutput:
-        """A rollout of the row's task. InputError for a row that is no task of the setting."""
+        """A rollout of the row's task. InputError where the row is no task of the setting."""
         setting, tasks = setting_of(self.config)
         chat = tokenizer_chat(self.tokenizer)
         task = _task(tasks, options)
-        engine = ServerEngine(self.server_manager, sampling_params, chat.end_id)
-        prompt = len(chat.prompt_ids(Message(role=m["role"], content=m["content"]) for m in options["raw_prompt"]))
-        if prompt > self.rollout_config.prompt_length:
-            raise InputError(
-                f"data.max_prompt_length must hold every prompt; task {task.id!r} has {prompt} tokens and it is "
-                f"{self.rollout_config.prompt_length}; raise it"
-            )
+        engine = ServerEngine(self.server_manager, sampling_params, chat.stop_ids)
         rollout = await run_rollout(
             task,
             setting.environment(task),
@@ -103,7 +100,7 @@ class EnvironmentAgentLoop(_Checked, AgentLoopBase):
             chat,
             limits=Limits(
                 max_turn_tokens=setting.config.max_turn_tokens,
-                context=prompt + self.rollout_config.response_length,
+                context=int(self.rollout_config.prompt_length + self.rollout_config.response_length),
                 max_turns=setting.config.max_turns,
             ),
             temperature=float(sampling_params.get("temperature", 1.0)),
@@ -144,13 +141,10 @@ def _task(tasks: Mapping[str, Task], row: Mapping[str, Any]) -> Task:
 
 @functools.cache
 def tokenizer_chat(tokenizer: Any) -> Chat:
-    """Our chat over verl's tokenizer. Raises RunError where it is not ChatML's."""
-    from tokenizers import Tokenizer as Backend
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ConfigError("the tokenizer must be a fast one; verl's is not; take a checkpoint with tokenizer.json")
-    return Chat(BPETokenizer(Backend.from_str(backend.to_str())))
+    """Our chat over verl's tokenizer, in its own chat template if it has one. Raises RunError where it cannot be."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return load_chat(Path(folder))
 
 
 class ServerEngine:
@@ -158,8 +152,8 @@ class ServerEngine:
 
     policy_version = 0
 
-    def __init__(self, server: Any, sampling_params: Mapping[str, Any], end_id: int) -> None:
-        self._server, self._sampling, self._end_id = server, sampling_params, end_id
+    def __init__(self, server: Any, sampling_params: Mapping[str, Any], stop_ids: Sequence[int]) -> None:
+        self._server, self._sampling, self._stop_ids = server, sampling_params, stop_ids
         self._request = uuid4().hex
         self.has_logprobs = False
         """Whether the server told them, which it does with `rollout.calculate_log_probs`."""
@@ -180,7 +174,7 @@ class ServerEngine:
         ids = tuple(output.token_ids)[: sampling.max_tokens]
         self.has_logprobs = output.log_probs is not None
         logprobs = tuple(output.log_probs)[: len(ids)] if output.log_probs is not None else (0.0,) * len(ids)
-        ended = bool(ids) and ids[-1] == self._end_id
+        ended = bool(ids) and ids[-1] in self._stop_ids
         return Completion(token_ids=ids, logprobs=logprobs, finish="stop" if ended else "length")
 
     def release(self, session: Hashable) -> None:
