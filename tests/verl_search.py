@@ -85,7 +85,6 @@ def critic(policy: Path) -> list[str]:
         "critic.enable=True",
         "critic.strategy=fsdp2",
         f"critic.model.path={policy}",
-        "critic.model.external_lib=verl_cpu.rollout",
         "critic.model.use_remove_padding=False",
         "critic.model.enable_gradient_checkpointing=False",
         "+critic.model.override_config.attn_implementation=eager",

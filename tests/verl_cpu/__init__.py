@@ -9,6 +9,7 @@ import types
 from typing import Any
 
 import torch
+from transformers import AutoModelForTokenClassification
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
@@ -104,3 +105,14 @@ def init_process_group(backend: str | None = None, **options: Any) -> None:
 
 
 torch.distributed.init_process_group = init_process_group
+
+
+_value_model = AutoModelForTokenClassification.from_pretrained
+
+
+def value_model(*args: Any, **options: Any) -> Any:
+    """A critic's model, for which verl demands flash attention."""
+    return _value_model(*args, **{**options, "attn_implementation": "eager"})
+
+
+AutoModelForTokenClassification.from_pretrained = staticmethod(value_model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForCausalLM
 from verl.workers.rollout import base
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
@@ -95,14 +95,3 @@ class Rollout(BaseRollout):
 
 RolloutReplicaRegistry.register(NAME, lambda: Replica)
 base._ROLLOUT_REGISTRY[(NAME, "async")] = f"{__name__}.Rollout"
-
-
-_value_model = AutoModelForTokenClassification.from_pretrained
-
-
-def value_model(*args: Any, **options: Any) -> Any:
-    """A critic's model, for which verl demands flash attention."""
-    return _value_model(*args, **{**options, "attn_implementation": "eager"})
-
-
-AutoModelForTokenClassification.from_pretrained = staticmethod(value_model)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -106,7 +106,8 @@ class EnvironmentAgentLoop(_Checked, AgentLoopBase):
             temperature=float(sampling_params.get("temperature", 1.0)),
         )
         (scored,) = await asyncio.to_thread(setting.all_scored, [(task, rollout)])  # a judge takes its time
-        return rollout_output(scored, chat, engine.told, with_logprobs=engine.has_logprobs)
+        names = [name for name, weight in setting.config.weights.items() if weight]
+        return rollout_output(scored, chat, engine.told, with_logprobs=engine.has_logprobs, names=names)
 
 
 def setting_of(config: Any) -> tuple[Setting, Mapping[str, Task]]:
@@ -181,11 +182,19 @@ class ServerEngine:
         """The server forgets by itself."""
 
 
-def rollout_output(rollout: Rollout, chat: Chat, told: Mapping[str, Any], *, with_logprobs: bool = False) -> TurnOutput:
+def rollout_output(
+    rollout: Rollout,
+    chat: Chat,
+    told: Mapping[str, Any],
+    *,
+    with_logprobs: bool = False,
+    names: Iterable[str] = (),
+) -> TurnOutput:
     """A scored rollout as verl takes it: tokens after the prompt, what was sampled, rewards per turn.
 
-    What each reward came to, summed over turns, is in `reward_extra_info`, which verl's validation averages; the
-    rewards by name and turn are in `extra_fields`, for a trainer that reads those.
+    What each reward came to, summed over turns, is in `reward_extra_info`, which verl's validation averages: 0 for
+    those of `names` that it did not have. The rewards by name and turn are in `extra_fields`, for a trainer that reads
+    those.
     """
     counted = rollout.turns if rollout.stop != "error" else ()
     ids: list[int] = []
@@ -212,7 +221,7 @@ def rollout_output(rollout: Rollout, chat: Chat, told: Mapping[str, Any], *, wit
         turn_rewards=[float(sum(turn.values())) for turn in turns],
         extra_fields={
             **told,
-            "reward_extra_info": {**named, **outcome},
+            "reward_extra_info": {**dict.fromkeys(names, 0.0), **named, **outcome},
             "turn_ids": turn_ids,
             "turn_rewards": turns,
             "outcome_rewards": outcome,
