@@ -190,8 +190,9 @@ def test_a_whole_configuration_is_looked_at_before_a_rollout_starts(change: dict
     assert any(said in refusal for refusal in loop_refusals(config))
     assert loop_refusals({"algorithm": {"adv_estimator": "turnwise/mt-grpo"}}) == []
     assert loop_refusals({"algorithm": {"adv_estimator": "gae"}}) == []
-    by_trainer = {"trainer": {"v1": {"trainer_mode": "turnwise"}}, "critic": {"enable": True}}
-    assert loop_refusals({"algorithm": {"adv_estimator": "turnwise/mt-ppo"}, **by_trainer}) == []
+    for v1 in ({"trainer_mode": "turnwise"}, {"trainer_mode": "sync", "turnwise": True}):
+        by_trainer = {"trainer": {"v1": v1}, "critic": {"enable": True}}
+        assert loop_refusals({"algorithm": {"adv_estimator": "turnwise/mt-ppo"}, **by_trainer}) == []
 
 
 def test_the_plugin_registers_once_and_needs_no_torch(monkeypatch: pytest.MonkeyPatch):

@@ -38,6 +38,8 @@ BY_SEQUENCE = ("gspo", "geo_mean")
 """verl's losses with one ratio per rollout, whose gradient is the same at all of its tokens."""
 TRAINER = "turnwise.adapters.verl_trainer"
 """The module with a trainer that hands estimators more than verl does."""
+MODE = "turnwise"
+"""That trainer's name in verl's configuration."""
 
 
 @dataclass
@@ -149,7 +151,7 @@ def _get(config: Any, name: str, default: Any = None) -> Any:
 def refusals(config: Any, estimator: str, *, has_values: bool = False, has_ids: bool = False) -> list[str]:
     """Why the estimator cannot give turn credit under `algorithm`; empty where it can. What it lacks comes first."""
     found = []
-    name, trainer = PREFIX + estimator, "trainer.v1.trainer_mode=turnwise and VERL_USE_EXTERNAL_MODULES=" + TRAINER
+    name, trainer = PREFIX + estimator, f"trainer.v1.trainer_mode={MODE} and VERL_USE_EXTERNAL_MODULES=" + TRAINER
     if "anchor" in NEEDS.get(estimator, ()) and not has_ids:
         found.append(
             f"{name} must see what the environment said, and verl hands its estimators no tokens; take {trainer}"
@@ -195,7 +197,8 @@ def loop_refusals(config: Any) -> list[str]:
     if ours and estimator not in OFFERED:
         found.append(f"algorithm.adv_estimator must be one of {', '.join(PREFIX + each for each in OFFERED)}")
     elif ours:
-        by_trainer = str(_get(_get(_get(config, "trainer"), "v1"), "trainer_mode", "")) == "turnwise"
+        v1 = _get(_get(config, "trainer"), "v1")
+        by_trainer = _get(v1, "trainer_mode") == MODE or bool(_get(v1, MODE, False))
         critic = bool(_get(_get(config, "critic"), "enable", False))
         found += refusals(algorithm, estimator, has_values=by_trainer and critic, has_ids=by_trainer)
     if not _get(_get(config, "trainer"), "use_v1", True):

@@ -14,11 +14,10 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from turnwise.adapters.rows import batch_turn_ids, observation_anchors
-from turnwise.adapters.verl import PREFIX, Beside, beside
+from turnwise.adapters.verl import MODE, PREFIX, Beside, beside
 from turnwise.credit import NEEDS
 from turnwise.errors import InputError
 
-MODE = "turnwise"
 METRICS = "turn_credit/"
 
 
@@ -29,6 +28,7 @@ class TurnTrainer(PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # verl picks its replay buffer by this name
+            config.trainer.v1[MODE] = True  # for our agent loops, which get this configuration
         super().__init__(config)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
