@@ -108,6 +108,19 @@ def test_with_values_critic_methods_are_native_but_for_the_bootstrap(estimator: 
     assert_alike(through_estimate(rollouts, estimator, given), native_advantages(rollouts, estimator))
 
 
+def test_turns_that_touch_are_parted_where_the_agent_loop_recorded_them():
+    mask, rewards = torch.ones(2, 3), torch.zeros(2, 3)
+    given = Beside(
+        turn_ids=[[0, 0, 1]] * 2,
+        turn_rewards=[[{"tool": x}, {}] for x in (1.0, 0.0)],
+        outcome_rewards=[{"exact": 1.0}] * 2,
+    )
+    with beside(given):
+        found, _ = estimate("mt-grpo", rewards, mask, index=["a", "a"])
+    z = 0.5 / (np.sqrt(0.5) + 1e-4)
+    assert_allclose(found.numpy(), [[z, z, 0], [-z, -z, 0]], atol=1e-6)
+
+
 def test_targets_of_a_critic_are_returns_where_there_are_any():
     rewards = torch.tensor([[0.0, 0.5, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 1]])
@@ -230,3 +243,36 @@ def test_rows_of_the_dataset_name_their_task():
     assert row["prompt"] == [{"role": "user", "content": "What is the capital of Kenya?"}]
     assert row["extra_info"] == {"index": 7, "task": "a"}
     assert row["agent_name"] == "turnwise/environment"
+
+
+# --------------------------------------------------------------------------------------------- the doctor
+
+
+def test_the_doctor_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    import importlib.metadata
+
+    from turnwise.cli import main
+
+    def without(name: str) -> str:
+        if name in ("TransferQueue", "verl"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert main(["doctor", "verl"]) == 1
+    assert (
+        capsys.readouterr().out == 'FAILED  TransferQueue is not installed\nto mend it:  pip install "turnwise[verl]"\n'
+    )
+
+
+def test_a_release_or_an_entry_point_that_is_not_there_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    import importlib.metadata
+
+    from turnwise.adapters import verl_checks
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.0")
+    assert verl_checks.releases().fix == 'pip install "verl>=0.9,<0.10"'
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ())
+    assert "no entry point" in verl_checks.entry_point().what
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    assert "unset VERL_USE_EXTERNAL_PLUGINS" in (verl_checks.entry_point().fix or "")
