@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 RANKS = 2
 
 ENVIRONMENT = {
-    "VERL_USE_EXTERNAL_MODULES": "verl_cpu",
+    "VERL_USE_EXTERNAL_MODULES": "verl_cpu.platform",
     "VERL_PLATFORM": "cpu",
     "VERL_ENGINE_DEVICE": "cuda",  # whose FSDP engine it takes
     "OMP_NUM_THREADS": "1",
