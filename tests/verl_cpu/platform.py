@@ -1,7 +1,8 @@
 """verl without an accelerator, for the tests: a CPU platform, named by VERL_PLATFORM=cpu.
 
-verl imports this at the beginning of every process (VERL_USE_EXTERNAL_MODULES=verl_cpu.platform). VERL_ENGINE_DEVICE=cuda
-makes it take its FSDP engine, which is registered for accelerators alone; `rollout` brings an inference server.
+verl imports this at the beginning of every process (VERL_USE_EXTERNAL_MODULES=verl_cpu.platform).
+VERL_ENGINE_DEVICE=cuda makes it take its FSDP engine, which is registered for accelerators alone; `rollout` brings an
+inference server.
 """
 
 import contextlib
