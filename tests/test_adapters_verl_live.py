@@ -316,7 +316,8 @@ def test_verls_critic_and_our_trainer_mode_make_mt_ppo(tmp_path: Path):
     more = ["trainer.val_before_train=True", "data.val_max_samples=16"]
     metrics, turns = trained(tmp_path, 2, "critic", *more)
     before = metrics.pop(0)
-    assert 0 < before["val-aux/turnwise/tool_execution/mean@1"] < 0.2
+    assert before["val-aux/turnwise/tool_execution/mean@1"] < 0.1  # greedy, the start seldom calls
+    assert before["val-aux/turnwise/xml_format/mean@1"] > 0.1
     assert [line["estimator"] for line in turns] == ["mt-ppo"] * 2
     for line in metrics:
         assert line["turn_credit/reward/tool_execution"] > 0
