@@ -1,6 +1,7 @@
 # make demo        train three methods side by side on the embedded world, and write the report
 # make test        the fast tests            make test-slow   the end-to-end tests
 # make test-trl    those of the adapter for TRL, with its newest and its oldest release (a part of test-slow)
+# make test-verl   those of the adapter for verl, training on this CPU included (a part of test-slow)
 # make check       lint, format, types, tests
 # make clean       remove what these targets made, the environment included
 
@@ -11,10 +12,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DEMO := runs/demo
 PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
 TRL_RELEASES := 1.16.0 1.8.0
+VERL_RELEASE := 0.9.1
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-trl check clean
+.PHONY: demo test test-slow test-trl test-verl check clean
 
 demo: $(VENV)/.train-installed
 	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
@@ -25,13 +27,16 @@ test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 # pytest leaves with 5 where it finds no test: right only as long as no test is slow.
-test-slow: $(VENV)/.dev-installed test-trl
+test-slow: $(VENV)/.dev-installed test-trl test-verl
 	$(BIN)/python -m pytest -m slow || { [ $$? -eq 5 ] && ! grep -rq "mark\.slow" tests; }
 
 test-trl: $(TRL_RELEASES:%=.venv-trl-%/.installed)
 	for release in $(TRL_RELEASES); do \
 		PYTHONPATH=src .venv-trl-$$release/bin/python -m pytest -m slow tests/test_adapters_trl.py || exit 1; \
 	done
+
+test-verl: .venv-verl/.installed
+	.venv-verl/bin/python -m pytest -m slow tests/test_adapters_verl_live.py
 
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
@@ -40,7 +45,7 @@ check: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) .venv-trl-* $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl-* .venv-verl $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,4 +66,14 @@ $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -c "$(PURELIB)" > $$(.venv-trl-$*/bin/python -c "$(PURELIB)")/main.pth
 	.venv-trl-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt -c constraints-trl.txt "trl==$*" requests jmespath
+	touch $@
+
+# verl wants older releases of transformers and what goes with it: they stand before those of the main environment.
+# This project is installed, as verl finds the plugin by its entry point.
+.venv-verl/.installed: pyproject.toml constraints-verl.txt $(VENV)/.dev-installed
+	$(PYTHON) -m venv .venv-verl
+	$(BIN)/python -c "$(PURELIB)" > $$(.venv-verl/bin/python -c "$(PURELIB)")/main.pth
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints-verl.txt "verl==$(VERL_RELEASE)" TransferQueue pyzmq msgspec cachetools fastapi uvicorn
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

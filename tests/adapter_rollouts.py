@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from turnwise.adapters.rows import dense_scores
 from turnwise.config import CRITIC_METHODS, TrainConfig
 from turnwise.crediting import credit_rollouts, critic_credit, critic_table
 from turnwise.types import Action, Rollout, Turn
@@ -119,3 +120,38 @@ def padded_rollouts(rollouts: list[Rollout], *, left: bool = False, padding_rows
         turn_rewards=[[dict(turn) for turn in r.turn_rewards] for r in rollouts] + [[] for _ in range(padding_rows)],
         outcome_rewards=[dict(r.outcome_rewards) for r in rollouts] + [{"exact": 9.0}] * padding_rows,
     )
+
+
+def of_two_numbers(rollout: Rollout) -> Rollout:
+    """A rollout as dense rewards tell of it: one number for every turn but the last, and one for the outcome."""
+    last = len(rollout.turns) - 1
+    return dataclasses.replace(
+        rollout,
+        turn_rewards=tuple(
+            {"reward": sum(turn.values())} if k < last else {} for k, turn in enumerate(rollout.turn_rewards)
+        ),
+        outcome_rewards={"outcome": sum(rollout.outcome_rewards.values()) + sum(rollout.turn_rewards[-1].values())},
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Dense:
+    """Rollouts as verl has them: a reward per token."""
+
+    rewards: np.ndarray
+    action: np.ndarray
+    groups: list[str]
+
+
+def dense_batch(rollouts: list[Rollout], *, padding_rows: int = 0, at_end: bool = False) -> Dense:
+    """Each turn paid on its last sampled token; `at_end`: the outcome on the row's last token, sampled or not."""
+    batch = padded_rollouts(rollouts, padding_rows=padding_rows)
+    rewards = np.zeros(batch.action.shape, np.float32)
+    for i, rollout in enumerate(rollouts):
+        outcome = sum(rollout.outcome_rewards.values())
+        turns = [sum(turn.values()) for turn in rollout.turn_rewards]
+        rewards[i] = dense_scores(batch.action[i].tolist(), turns, 0.0 if at_end else outcome)
+        if at_end:
+            rewards[i, batch.present[i].sum() - 1] += outcome
+    rewards[len(rollouts) :, 0] = 9.0  # padding's rewards are not looked at
+    return Dense(rewards=rewards, action=batch.action, groups=batch.groups)

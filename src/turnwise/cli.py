@@ -1051,7 +1051,7 @@ def doctor(trainer: str, /) -> int:
     """Check that a trainer's adapter works here, and say what to run where it does not.
 
     Args:
-        trainer: "trl".
+        trainer: "trl" or "verl".
     """
     from turnwise.adapters.doctor import examine, failed
 
@@ -1089,7 +1089,7 @@ COMMANDS = {
     "lab": Command("compare estimators with exact gradients on small processes", lab),
     "search": Command("search a corpus as the agent's tool does", search),
     "serve-search": Command("serve a corpus's search over HTTP", serve_search),
-    "doctor": Command("check that turn credit works inside another trainer (trl)", doctor),
+    "doctor": Command("check that turn credit works inside another trainer (trl, verl)", doctor),
     "convert": Command("make task and corpus files from public question sets", convert),
     "convert-weights": Command("make a checkpoint of llama2.c's weights", convert_weights),
     "warmup": Command("make a starting checkpoint from demonstrations", build=_warmup_command),

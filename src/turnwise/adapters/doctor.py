@@ -23,7 +23,7 @@ class Finding:
 
 Check = Callable[[], Finding]
 
-TRAINERS: Mapping[str, str] = {"trl": "turnwise.adapters.trl_checks"}
+TRAINERS: Mapping[str, str] = {"trl": "turnwise.adapters.trl_checks", "verl": "turnwise.adapters.verl_checks"}
 """The module of each trainer's checks."""
 
 

@@ -141,6 +141,26 @@ def dense_rewards(
     return turns, outcomes
 
 
+def dense_scores(action: Sequence[int], turn_rewards: Sequence[float], outcome: float) -> np.ndarray:
+    """A row's dense rewards (T,), which `dense_rewards` reads: each turn's on the last token that it sampled.
+
+    The outcome is added on the last sampled token of all, where a last turn's own reward lies too. Zeros where no
+    token was sampled. Raises InputError for more rewards than turns.
+    """
+    (own,) = turn_ids_from_mask(np.asarray([action], dtype=np.int64))
+    last = np.flatnonzero((own >= 0) & (np.append(own[1:], -1) != own))
+    if len(turn_rewards) > max(len(last), 1):
+        raise InputError(
+            f"there must be at most one turn reward per turn of the mask ({len(last)}); got {len(turn_rewards)}; "
+            "append one number per message of the policy"
+        )
+    scores = np.zeros(len(own), np.float32)
+    if len(last):
+        scores[last[: len(turn_rewards)]] = turn_rewards
+        scores[last[-1]] += outcome
+    return scores
+
+
 def observation_anchors(
     turn_ids: np.ndarray, ids: np.ndarray, present: np.ndarray, prompts: Sequence[Sequence[int]]
 ) -> list[tuple[Hashable, ...]]:
