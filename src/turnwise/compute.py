@@ -21,8 +21,9 @@ from turnwise.policy import Policy
 def multiplying_weights(model: PreTrainedModel) -> int:
     """Weights that multiply: all parameters, those used twice once, but an input embedding of its own."""
     total = sum(p.numel() for p in model.parameters())
-    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return total if inputs is outputs else total - inputs.numel()
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    is_shared = outputs is not None and inputs.weight is outputs.weight
+    return total if is_shared else total - sum(p.numel() for p in inputs.parameters())
 
 
 def update_flops(policy: Policy, critic: Critic | None, positions: float, config: TrainConfig, step: int) -> float:
