@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from turnwise.chat import Chat
 from turnwise.engine import Engine
-from turnwise.env import Environment, closed, forked, started
+from turnwise.env import Environment, closed, forked, started, stepped
 from turnwise.errors import ConfigError, InputError
 from turnwise.rollout import Limits, MakeEnvironment, reply_room, rollout_seed, run_on, together
 from turnwise.types import Rollout, Task, Turn
@@ -213,7 +213,7 @@ class _Playing:
         used = len(rollout.prompt_ids)
         for k, turn in enumerate(turns):
             try:
-                step = await environment.step(turn.text)
+                step = await stepped(environment, turn.text)
             except Exception:  # a user's environment may fail this time: it did not then
                 return False
             used += len(turn.action_ids)
