@@ -377,7 +377,7 @@ def test_a_run_is_evaluated_asked_and_reported_where_it_was_trained(run: Path, c
     assert main(["ask", str(run), atlas.tasks("test")[0].id]) == 0  # as this one has them
     assert atlas.tasks("test")[0].answers[0] in capsys.readouterr().out
     assert main(["serve", str(run), "--port", "0"]) == 2
-    assert "what is served must answer with tools" in capsys.readouterr().err
+    assert "a served agent must have tools that answer it" in capsys.readouterr().err
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "solved the task" in page
