@@ -49,7 +49,7 @@ def through_estimate(rollouts: list[Rollout], estimator: str, given: Beside | No
 
 def assert_alike(found: Any, expected: Any) -> None:
     for own, other in zip(found, expected, strict=True):
-        assert_allclose(own, other, rtol=1e-5, atol=2e-6)
+        assert_allclose(own, other, rtol=1e-6, atol=1e-6)
 
 
 def test_every_estimator_is_in_the_registry_or_said_not_to_fit():

@@ -64,7 +64,7 @@ def through_verl(rollouts: list[Rollout], estimator: str, values: np.ndarray | N
 
 def assert_alike(found: Any, expected: Any) -> None:
     for own, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(own, other, rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(own, other, rtol=1e-6, atol=1e-6)
 
 
 def test_importing_verl_registered_the_estimators():
