@@ -135,7 +135,11 @@ async def _awaited(value: Any) -> Any:
 
 
 class _Lane:
-    """Calls that other threads hand to an event loop; it is woken once for all that have come."""
+    """Calls that other threads hand to an event loop; it is woken once for all that have come.
+
+    What an event loop hands over waits until all that is ready there had its turn: a thousand rollouts that go on at
+    the same moment wake the other loop once.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
@@ -146,8 +150,16 @@ class _Lane:
         with self._lock:
             self._calls.append(call)
             first = len(self._calls) == 1
+        if not first:
+            return
+        try:
+            asyncio.get_running_loop().call_soon(self._wake)
+        except RuntimeError:  # a thread without a loop
+            self._wake()
+
+    def _wake(self) -> None:
         loop = self._loop()
-        if first and loop is not None:
+        if loop is not None:
             with contextlib.suppress(RuntimeError):  # of a loop that is closed: nobody waits there
                 loop.call_soon_threadsafe(self._drain)
 
