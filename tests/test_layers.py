@@ -82,6 +82,7 @@ LAYERS = [
     "display",
     "serving",
     "adapters",
+    "commands",
     "cli",
 ]
 """Every module and folder, in the order of the flow."""
