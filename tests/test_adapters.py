@@ -179,8 +179,20 @@ def test_what_cannot_be_used_is_said_before_any_work(name: str, options: dict, s
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_CRITIC, *WITH_CRITIC])
-def test_what_can_be_used_passes(name: str):
+def test_what_can_be_used_passes_and_credits_every_token(name: str):
     check_estimator(name, {}, critic=True)
+    rows = [
+        CreditRow(
+            group=0,
+            tokens=(2, 1),
+            turn_rewards=({"a": paid}, {}),
+            outcome_rewards={"b": 1 - paid},
+            anchors=("x", "y"),
+            values=(0.0,) * 3,
+        )
+        for paid in (0.0, 1.0)
+    ]
+    assert np.isfinite(row_credit(rows, name).tokens).all(), "two rows of three tokens"
 
 
 def test_turn_rewards_of_another_length_are_refused():

@@ -25,7 +25,8 @@ from turnwise.evaluation import make_engine, rollouts
 from turnwise.policy import load_policy, save_policy, tiny_policy
 from turnwise.protocols import PROTOCOLS
 from turnwise.rollout import awaited
-from turnwise.tools import load_tools, tool, tool_mapping
+from turnwise.tool_files import load_tools
+from turnwise.tools import tool, tool_mapping
 from turnwise.types import Message, Task, ToolCall
 
 

@@ -23,6 +23,8 @@ LAYERS = [
     "convert",
     "background",
     "tools",
+    "tool_objects",
+    "tool_files",
     "toolbox",
     "search",
     "atlas",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import families
 from families import FAMILIES
+from small_runs import small_world
 from turnwise.batch import pack, rollout_row
 from turnwise.cli import main
 from turnwise.config import TrainConfig
@@ -30,11 +31,6 @@ from turnwise.types import Action, Rollout, Turn
 peft = pytest.importorskip("peft", reason="needs the extra `lora`")
 
 IDS = torch.tensor([[5, 7, 301, 44, 9, 12, 5]])
-TOOLS = '''
-def look(word: str) -> str:
-    """The word."""
-    return word
-'''
 REWARDS = '''
 def turn_small(task, rollout):
     """Share of a turn's tokens with a small id."""
@@ -46,19 +42,10 @@ def turn_small(task, rollout):
 def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
     """Options of a LoRA run of four quick steps with a KL term, without `out`."""
     folder = tmp_path_factory.mktemp("world")
-    tasks = [{"id": f"q{i}", "question": f"Word {i}?", "answers": [f"w{i}"]} for i in range(5)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    (folder / "tools.py").write_text(TOOLS)
-    (folder / "rewards.py").write_text(REWARDS)
     return {
-        "policy": str(checkpoint),
+        **small_world(folder, checkpoint, (f"q{i}" for i in range(5)), REWARDS),
         "lora_rank": 4,
         "kl_coef": 0.1,
-        "tasks": str(folder / "tasks.jsonl"),
-        "validation_tasks": str(folder / "tasks.jsonl"),
-        "tools": folder / "tools.py",
-        "rewards": folder / "rewards.py",
-        "reward_weights": {},
         "steps": 4,
         "tasks_per_step": 2,
         "group_size": 3,

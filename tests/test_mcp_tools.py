@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from turnwise.errors import ConfigError, InputError, TurnwiseError
+from turnwise.tool_objects import ToolSession, check_forkable
 from turnwise.toolbox.mcp import Server, mcp_tools, parameters_of, server_of_command, servers_of_config, text_of
 from turnwise.toolbox.sources import named_tools
-from turnwise.tools import Tool, ToolSession, call_tool, call_tools, check_forkable, tool_mapping
+from turnwise.tools import Tool, call_tool, call_tools, tool_mapping
 from turnwise.types import Action, ToolCall, ToolResult
 
 pytest.importorskip("mcp")

@@ -20,18 +20,9 @@ from turnwise.evaluation import rollout_metrics
 from turnwise.judge import judge_messages
 from turnwise.rewards import score
 from turnwise.rollout import Limits, run_groups, run_tree
-from turnwise.tools import (
-    Tool,
-    ToolSession,
-    call_tool,
-    call_tools,
-    check_forkable,
-    load_tools,
-    pause_s,
-    stateful,
-    tool,
-    tool_mapping,
-)
+from turnwise.tool_files import load_tools
+from turnwise.tool_objects import ToolSession, check_forkable, stateful
+from turnwise.tools import Tool, call_tool, call_tools, pause_s, tool, tool_mapping
 from turnwise.types import Action, Task, ToolCall, ToolResult, rollout_from_json
 
 TASK = Task(id="t", question="Which?", answers=("x",), metadata={"page": "first"})

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turnwise.errors import ConfigError, InputError, ToolError
-from turnwise.tools import CUT_MARK, Found, Tool, call_tool, call_tools, capped, load_tools, tool, tool_mapping
+from turnwise.tool_files import load_tools
+from turnwise.tools import CUT_MARK, Found, Tool, call_tool, call_tools, capped, tool, tool_mapping
 from turnwise.types import Action, ToolCall, ToolResult
 
 

@@ -9,31 +9,20 @@ from typing import Any
 
 import pytest
 
+from small_runs import small_world
 from turnwise.config import TrainConfig
 from turnwise.errors import ConfigError, RunError
 from turnwise.rundir import checkpoint_folder
 from turnwise.trackers import Tracker, check_tracker, tracking
 from turnwise.training import train
 
-TOOLS = '''
-def look(word: str) -> str:
-    """The word."""
-    return word
-'''
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[str, Any]:
     """Options of a run of a few quick steps, without `out`."""
     folder = tmp_path_factory.mktemp("world")
-    tasks = [{"id": f"q{i}", "question": f"Word {i}?", "answers": [f"w{i}"]} for i in range(4)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    (folder / "tools.py").write_text(TOOLS)
     return {
-        "policy": str(checkpoint),
-        "tasks": str(folder / "tasks.jsonl"),
-        "validation_tasks": str(folder / "tasks.jsonl"),
-        "tools": folder / "tools.py",
+        **small_world(folder, checkpoint, (f"q{i}" for i in range(4))),
         "steps": 2,
         "tasks_per_step": 1,
         "group_size": 2,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from small_runs import small_world
 from turnwise.batch import pack, rollout_row
 from turnwise.config import TrainConfig
 from turnwise.crediting import estimate, rollout_table, training_rows
@@ -25,11 +26,6 @@ from turnwise.rundir import checkpoint_folder, latest_checkpoint, read_config
 from turnwise.training import ordered_tasks, resumed_config, train
 from turnwise.types import Action, Message, Rollout, Task, Turn
 
-TOOLS = '''
-def look(word: str) -> str:
-    """The word."""
-    return word
-'''
 REWARDS = '''
 def turn_small(task, rollout):
     """Share of a turn's tokens with a small id."""
@@ -46,17 +42,8 @@ TIMES = ("tokens_per_s", "rollout_s", "update_s")
 def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
     """Options of a run of four quick steps, without `out`."""
     folder = tmp_path_factory.mktemp("world")
-    tasks = [{"id": f"q{i}", "question": f"Word {i}?", "answers": [f"w{i}"]} for i in range(9)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    (folder / "tools.py").write_text(TOOLS)
-    (folder / "rewards.py").write_text(REWARDS)
     return {
-        "policy": str(checkpoint),
-        "tasks": str(folder / "tasks.jsonl"),
-        "validation_tasks": str(folder / "tasks.jsonl"),
-        "tools": folder / "tools.py",
-        "rewards": folder / "rewards.py",
-        "reward_weights": {},
+        **small_world(folder, checkpoint, (f"q{i}" for i in range(9)), REWARDS),
         "steps": 4,
         "tasks_per_step": 2,
         "group_size": 3,

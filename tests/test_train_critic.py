@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from small_runs import small_world
 from turnwise.cli import main
 from turnwise.config import CRITIC_METHODS
 from turnwise.credit import TOKEN_ESTIMATORS
@@ -22,28 +23,14 @@ def turn_small(task, rollout):
     """Share of a turn's tokens with a small id."""
     return [sum(i < 150 for i in turn.action_ids) / len(turn.action_ids) for turn in rollout.turns]
 '''
-TOOLS = '''
-def look(word: str) -> str:
-    """The word."""
-    return word
-'''
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
     """Options of a run of four quick steps, without `out`. All its rollouts are cut off, so all are bootstrapped."""
     folder = tmp_path_factory.mktemp("world")
-    tasks = [{"id": f"q{i}", "question": f"Word {i}?", "answers": [f"w{i}"]} for i in range(5)]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    (folder / "tools.py").write_text(TOOLS)
-    (folder / "rewards.py").write_text(REWARDS)
     return {
-        "policy": str(checkpoint),
-        "tasks": str(folder / "tasks.jsonl"),
-        "validation_tasks": str(folder / "tasks.jsonl"),
-        "tools": folder / "tools.py",
-        "rewards": folder / "rewards.py",
-        "reward_weights": {},
+        **small_world(folder, checkpoint, (f"q{i}" for i in range(5)), REWARDS),
         "estimator": "mt-ppo",
         "steps": 4,
         "tasks_per_step": 2,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from small_runs import small_world
 from turnwise import memory
 from turnwise.config import TrainConfig
 from turnwise.errors import ConfigError
@@ -15,11 +16,6 @@ from turnwise.rundir import checkpoint_folder, latest_checkpoint
 from turnwise.training import ordered_tasks, train
 from turnwise.types import Task
 
-TOOLS = '''
-def look(word: str) -> str:
-    """The word."""
-    return word
-'''
 REWARDS = '''
 def outcome_varied(task, rollout):
     """Different for different rollouts of questions that can be told apart; nothing for the others."""
@@ -33,17 +29,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict:
     """Options of a run of three quick steps over five questions with a signal and four without."""
     folder = tmp_path_factory.mktemp("world")
     names = [f"live{i}" for i in range(5)] + [f"dead{i}" for i in range(4)]
-    tasks = [{"id": name, "question": f"Word {name}?", "answers": ["w"]} for name in names]
-    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    (folder / "tools.py").write_text(TOOLS)
-    (folder / "rewards.py").write_text(REWARDS)
     return {
-        "policy": str(checkpoint),
-        "tasks": str(folder / "tasks.jsonl"),
-        "validation_tasks": str(folder / "tasks.jsonl"),
-        "tools": folder / "tools.py",
-        "rewards": folder / "rewards.py",
-        "reward_weights": {},
+        **small_world(folder, checkpoint, names, REWARDS),
         "estimator": "grpo-or",
         "steps": 3,
         "tasks_per_step": 3,

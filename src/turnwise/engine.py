@@ -4,6 +4,7 @@ An engine continues token ids. It is told which conversation a call belongs to (
 it can keep what it computed for the earlier turns; `release` says that the conversation is over.
 """
 
+import asyncio
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,17 @@ def check_finite(logprobs: Iterable[float]) -> None:
         raise InputError(
             "the model must give finite logits; got a log-probability that is not; check the weights (a diverged run?)"
         )
+
+
+def fail_all(waiting: Iterable[asyncio.Future[Completion]], error: BaseException) -> None:
+    """Hands an error to everyone who still waits; one that is no Exception cancels them."""
+    for future in waiting:
+        if future.done():
+            continue
+        if isinstance(error, Exception):
+            future.set_exception(error)
+        else:
+            future.cancel()
 
 
 def fork_onto_session(into: Hashable) -> InputError:

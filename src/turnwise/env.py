@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from turnwise.errors import ConfigError
 from turnwise.protocols import ProtocolName, opening, protocol_named, read_message, reply_messages
-from turnwise.tools import Tool, ToolSession, call_tools, error_result
+from turnwise.tool_objects import ToolSession
+from turnwise.tools import Tool, call_tools, error_result
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
 LOST = error_result("exception", "the tool did not answer; try again")

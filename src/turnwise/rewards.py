@@ -22,7 +22,7 @@ from typing import Any
 from turnwise import metrics
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.protocols import PROTOCOLS, ProtocolName, TagProtocol, is_well_formed, protocol_named
-from turnwise.tools import load_module, public_functions
+from turnwise.tool_files import load_module, public_functions
 from turnwise.types import Rollout, Task, Turn
 
 RewardFunction = Callable[[Task, Rollout], Any]

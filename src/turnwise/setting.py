@@ -19,8 +19,9 @@ from turnwise.search import load_corpus, open_index, search_tool
 from turnwise.sources import is_hub_name, policy_folder
 from turnwise.tasks import check_answers_in_corpus, load_tasks
 from turnwise.templates import read_template
+from turnwise.tool_objects import check_forkable
 from turnwise.toolbox.sources import named_tools
-from turnwise.tools import Tool, check_forkable
+from turnwise.tools import Tool
 from turnwise.types import Rollout, Task
 
 VALIDATION_SHARE = 0.1

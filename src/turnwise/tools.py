@@ -7,29 +7,23 @@ take, how many run at once, and what is tried again or remembered stands with th
 
 import asyncio
 import contextlib
-import copy
-import dataclasses
 import functools
-import importlib.util
 import inspect
 import json
 import math
 import re
-import sys
 import threading
 import time
 import types
 import typing
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from turnwise.background import Failure, Gate, done_beside
-from turnwise.errors import ConfigError, InputError, ToolError
-from turnwise.types import Action, Task, ToolCall, ToolResult
+from turnwise.errors import ConfigError, ToolError
+from turnwise.types import Action, ToolCall, ToolResult
 
 Schema = dict[str, Any]
 ERROR_PREFIX = "Error: "
@@ -172,11 +166,11 @@ def tool(function: Callable[..., Any] | None = None, /, **options: Unpack[CallOp
     is out of range.
     """
     if function is None:
-        return functools.partial(_tool, **options)
-    return _tool(function, **options)
+        return functools.partial(tool_of, **options)
+    return tool_of(function, **options)
 
 
-def _tool(
+def tool_of(
     function: Callable[..., Any],
     *,
     result_cap: int = 2000,
@@ -188,6 +182,7 @@ def _tool(
     cache: bool = False,
     inline: bool = False,
 ) -> Tool:
+    """The tool of a function; `tool` without the decorator's forms."""
     name = getattr(function, "__name__", "")
     if not name.isidentifier():
         raise ConfigError(f"a tool must be a named function; got {function!r}; define it with def")
@@ -431,12 +426,12 @@ def _observed(found: Tool, value: Any, duration_s: float) -> ToolResult:
             return error_result("bad_result", reason, cap=found.result_cap, duration_s=duration_s)
     error = value.error
     kind = "timeout" if isinstance(error, TimeoutError) else "exception"
-    text = _error_text(error) if isinstance(error, ToolError | TimeoutError) else ""
-    text = text or f"{type(error).__name__}: {_error_text(error)}"
+    text = error_text(error) if isinstance(error, ToolError | TimeoutError) else ""
+    text = text or f"{type(error).__name__}: {error_text(error)}"
     return error_result(kind, text, cap=found.result_cap, duration_s=duration_s)
 
 
-def _error_text(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     try:
         return str(error)
     except Exception:  # an error class of a tool's own may fail at this, too
@@ -547,184 +542,6 @@ def _shown(value: object) -> str:
     return capped(json.dumps(value, ensure_ascii=False, default=str), 60)
 
 
-# ------------------------------------------------------------------- objects of a rollout
-
-
-def stateful(make: Callable[..., Any]) -> list[Tool]:
-    """The public methods of a class, or of what a factory says it returns, as tools; each rollout has its own object.
-
-    A method `close` is called when the rollout is over, and `fork` where rollouts branch, instead of `copy.deepcopy`;
-    `fork = None` says that the object cannot be copied. Neither is a tool.
-    """
-    kind = make if isinstance(make, type) else _returned_class(make)
-    members = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
-    found = [value for name, value in members.items() if not name.startswith("_") and name not in ("close", "fork")]
-    tools: list[Tool] = [
-        t if isinstance(t, Tool) else tool(t) for t in found if isinstance(t, Tool | types.FunctionType)
-    ]
-    if not tools:
-        raise ConfigError(f"{kind.__name__} must have a public method to be a tool; got none; write one")
-    for entry in tools:
-        if entry.cache is not None:
-            raise ConfigError(
-                f"cache of tool {entry.name!r} must be left out, as its result depends on its object; got True; drop it"
-            )
-    return [dataclasses.replace(entry, owner=make) for entry in tools]
-
-
-def _returned_class(make: Callable[..., Any]) -> type:
-    try:
-        kind = typing.get_type_hints(make).get("return")
-    except Exception:
-        kind = None
-    if not isinstance(kind, type) or kind is type(None):
-        raise ConfigError(
-            f"a factory of stateful tools must say which class it returns; got {make!r}; write for example "
-            "def make() -> Notebook"
-        )
-    return kind
-
-
-def check_forkable(tools: Mapping[str, Tool]) -> None:
-    """Raises ConfigError where rollouts that branch would have to copy an object that says it cannot be."""
-    for entry in tools.values():
-        kind = entry.owner if isinstance(entry.owner, type) or entry.owner is None else _returned_class(entry.owner)
-        if kind is not None and getattr(kind, "fork", "copied") is None:
-            raise ConfigError(
-                f"branches must go with tools that can be copied; {kind.__name__}, which has {entry.name!r}, cannot; "
-                "leave branches out, or write a method fork"
-            )
-
-
-class ToolSession:
-    """The tools of one rollout; those with an owner are bound to an object of its own, made at the first call."""
-
-    def __init__(self, tools: Mapping[str, Tool], task: Task | None = None) -> None:
-        self._tools = tools
-        self._task = task
-        self._objects: dict[Callable[..., Any], Any] = {}
-        self._opening: asyncio.Task[None] | None = None
-        self._bound: Mapping[str, Tool] | None = None
-        if all(entry.owner is None for entry in tools.values()):
-            self._bound = tools
-
-    async def tools(self) -> Mapping[str, Tool]:
-        """The tools, ready to be called. What the making of an object raises, this raises."""
-        if self._bound is None:
-            self._opening = self._opening or asyncio.create_task(self._open())
-            await asyncio.shield(self._opening)  # an object that is being made when its rollout ends must be closed too
-        assert self._bound is not None
-        return self._bound
-
-    async def _open(self) -> None:
-        for owner in dict.fromkeys(entry.owner for entry in self._tools.values()):
-            if owner is not None:
-                self._objects[owner] = await self._made(owner)
-        self._bind()
-
-    def fork(self) -> "ToolSession":
-        """A session that goes on by itself, with copies of the objects as they stand."""
-        session = ToolSession(self._tools, self._task)
-        if self._objects:
-            session._objects = {owner: _copied(found) for owner, found in self._objects.items()}
-            session._bind()
-        return session
-
-    async def close(self) -> None:
-        """Calls the objects' `close`, once; one that fails is warned of. Where it is cancelled, it ends first."""
-        if self._opening is None and not self._objects:
-            return
-        closing = asyncio.create_task(self._close())
-        try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            await closing
-            raise
-
-    async def _close(self) -> None:
-        if self._opening is not None:
-            await asyncio.gather(self._opening, return_exceptions=True)
-        objects, self._objects = self._objects, {}
-        for found in objects.values():
-            close = getattr(found, "close", None)
-            failed = await done_beside(close, TIMEOUT_S) if close else None
-            if isinstance(failed, Failure):
-                reason = f"{type(failed.error).__name__}: {_error_text(failed.error)}"
-                warnings.warn(f"{type(found).__name__} was not closed: {reason}", stacklevel=2)
-
-    async def _made(self, owner: Callable[..., Any]) -> Any:
-        made = await done_beside(functools.partial(owner, *self._given(owner)), TIMEOUT_S)
-        if isinstance(made, Failure):
-            reason = f"{type(made.error).__name__}: {_error_text(made.error)}"
-            raise ToolError(f"{getattr(owner, '__name__', 'the tools')} could not be made: {reason}") from made.error
-        return made
-
-    def _given(self, owner: Callable[..., Any]) -> tuple[Task, ...]:
-        """The task, where the owner takes an argument."""
-        try:
-            needs = [p for p in inspect.signature(owner).parameters.values() if p.default is p.empty]
-        except (TypeError, ValueError):
-            return ()
-        takes = [p for p in needs if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        return (self._task,) if takes and self._task is not None else ()
-
-    def _bind(self) -> None:
-        """One call at a time on each object, in their order, so that equal turns do equal things."""
-        gates = {owner: Gate(1) for owner in self._objects}
-        self._bound = {
-            name: entry
-            if entry.owner is None
-            else dataclasses.replace(
-                entry,
-                function=functools.partial(entry.function, self._objects[entry.owner]),
-                gates=(gates[entry.owner], *entry.gates),
-                owner=None,
-            )
-            for name, entry in self._tools.items()
-        }
-
-
-def _copied(found: Any) -> Any:
-    if not hasattr(found, "fork"):
-        return copy.deepcopy(found)
-    if found.fork is None:
-        raise ToolError(f"{type(found).__name__} cannot be copied")
-    return found.fork()
-
-
-# ------------------------------------------------------------------------ tools from a file
-
-
-def load_tools(path: str | Path) -> dict[str, Tool]:
-    """The tools of a Python file: its list `TOOLS`, or else every public function it defines.
-
-    `TOOLS` may hold functions, decorated ones included, and classes whose methods are tools of an object
-    per rollout (see `stateful`). The file is executed. Raises InputError where it cannot be, ConfigError
-    where it has no tools or one that lacks annotations or a docstring.
-    """
-    module = load_module(path)
-    listed = getattr(module, "TOOLS", None)
-    if listed is not None and not isinstance(listed, list | tuple):
-        raise ConfigError(f"TOOLS in {path} must be a list; got {type(listed).__name__}; list the tool functions")
-    found = public_functions(module, Tool) if listed is None else listed
-    tools = tool_mapping(entry for given in found for entry in _entries(given))
-    if not tools:
-        raise ConfigError(
-            f"{path} must define at least one tool; got none; write a public function with type "
-            "annotations and a docstring, or list a class in TOOLS"
-        )
-    return tools
-
-
-def _entries(given: Any) -> list[Tool]:
-    """The tools that an entry of TOOLS stands for."""
-    if isinstance(given, Tool):
-        return [given]
-    if isinstance(given, list | tuple):
-        return [entry for one in given for entry in _entries(one)]
-    return stateful(given) if isinstance(given, type) else [_tool(given)]
-
-
 def tool_mapping(tools: Iterable[Tool]) -> dict[str, Tool]:
     """Tools by name; ConfigError where two share a name."""
     mapping: dict[str, Tool] = {}
@@ -733,41 +550,3 @@ def tool_mapping(tools: Iterable[Tool]) -> dict[str, Tool]:
             raise ConfigError(f"tools must have different names; got two named {entry.name!r}; rename one")
         mapping[entry.name] = entry
     return mapping
-
-
-def public_functions(module: types.ModuleType, decorated: type | tuple[type, ...] = ()) -> list[Any]:
-    """The functions that a module itself defines under public names, plain or as a class `decorated`, in order."""
-
-    def is_own(value: Any) -> bool:
-        function = value.function if isinstance(value, decorated) else value
-        return inspect.isfunction(function) and function.__module__ == module.__name__
-
-    return [value for name, value in vars(module).items() if not name.startswith("_") and is_own(value)]
-
-
-def load_module(path: str | Path) -> types.ModuleType:
-    """A user's Python file, executed as a module; its folder joins the end of the import path.
-
-    Raises InputError, in one line, where the file is missing, is not Python, or fails.
-    """
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise InputError(f"{path} must be a Python file; there is no such file; check the path")
-    name = f"turnwise_user_{re.sub(r'[^0-9A-Za-z_]', '_', file.stem)}"
-    loader = importlib.util.spec_from_loader(name, loader=None, origin=str(file))
-    assert loader is not None
-    module = importlib.util.module_from_spec(loader)
-    module.__file__ = str(file)
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    sys.modules[name] = module
-    try:
-        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
-    except SyntaxError as error:
-        raise InputError(f"{path} must be valid Python; line {error.lineno}: {error.msg}; correct the file") from error
-    except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())
-        raise InputError(
-            f"{path} must run without error; got {type(error).__name__}: {text}; correct the file"
-        ) from error
-    return module

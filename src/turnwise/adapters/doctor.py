@@ -5,7 +5,8 @@ its trainer inside the checks: what is missing is a finding, not a crash.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from turnwise.errors import described, unknown_name
@@ -49,6 +50,27 @@ def run_check(check: Check) -> Finding:
         text = described(error)[:300]
         title = (check.__doc__ or check.__name__).splitlines()[0]
         return Finding(what=f"{title} Failed: {text}", fix="report this, with the output of `pip freeze`")
+
+
+def installed(packages: Iterable[str], *, install: str) -> Finding:
+    """Whether packages are installed, with their releases; `install` brings what is missing."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return Finding(what=f"{name} is not installed", fix=install)
+    return Finding(what=", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def of_release(package: str, low: str, below: str) -> Finding:
+    """Whether the release of a package is one that its adapter is for: from `low` on and below `below`."""
+    from packaging.version import Version
+
+    found, span = Version(importlib.metadata.version(package)), f">={low},<{below}"
+    if not Version(low) <= found < Version(below):
+        return Finding(what=f"{package} is {found}; the adapter is for {span}", fix=f'pip install "{package}{span}"')
+    return Finding(what=f"{package} {found} is in {span}")
 
 
 def failed(finding: Finding) -> bool:

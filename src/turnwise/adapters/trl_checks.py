@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from turnwise.adapters.doctor import Finding
+from turnwise.adapters.doctor import Finding, installed, of_release
 
 RANGE = ("1.8", "2")
 """The releases of TRL that the adapter is for, the second one not included."""
@@ -19,26 +19,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "tr
 
 def packages() -> Finding:
     """The packages are installed."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return Finding(what=f"{name} is not installed", fix=INSTALL)
-    return Finding(what=", ".join(f"{name} {version}" for name, version in versions.items()))
+    return installed(PACKAGES, install=INSTALL)
 
 
 def releases() -> Finding:
     """The release of TRL is one that the adapter is for."""
-    from packaging.version import Version
-
-    found = Version(importlib.metadata.version("trl"))
-    if not Version(RANGE[0]) <= found < Version(RANGE[1]):
-        return Finding(
-            what=f"trl is {found}; the adapter is for >={RANGE[0]},<{RANGE[1]}",
-            fix=f'pip install "trl>={RANGE[0]},<{RANGE[1]}"',
-        )
-    return Finding(what=f"trl {found} is in >={RANGE[0]},<{RANGE[1]}")
+    return of_release("trl", *RANGE)
 
 
 def imports() -> Finding:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from turnwise.adapters.doctor import Finding
+from turnwise.adapters.doctor import Finding, installed, of_release
 
 RANGE = ("0.9", "0.10")
 """The releases of verl that the adapter is for, the second one not included."""
@@ -19,24 +19,12 @@ WORKER_S = 300
 
 def packages() -> Finding:
     """The packages are installed."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return Finding(what=f"{name} is not installed", fix=INSTALL)
-    return Finding(what=", ".join(f"{name} {version}" for name, version in versions.items()))
+    return installed(PACKAGES, install=INSTALL)
 
 
 def releases() -> Finding:
     """The release of verl is one that the adapter is for."""
-    from packaging.version import Version
-
-    found = Version(importlib.metadata.version("verl"))
-    span = f">={RANGE[0]},<{RANGE[1]}"
-    if not Version(RANGE[0]) <= found < Version(RANGE[1]):
-        return Finding(what=f"verl is {found}; the adapter is for {span}", fix=f'pip install "verl{span}"')
-    return Finding(what=f"verl {found} is in {span}")
+    return of_release("verl", *RANGE)
 
 
 def imports() -> Finding:

@@ -26,6 +26,7 @@ from turnwise.engine import (
     check_answered,
     check_finite,
     check_prompt,
+    fail_all,
     fork_onto_session,
 )
 from turnwise.engines.attention import attention_masks, sliding_layers
@@ -290,13 +291,7 @@ class HFEngine:
     def _fail(self, error: BaseException) -> None:
         """Hand `error` to everyone who waits, and start afresh."""
         running = self._rows.request[self._rows.active]
-        for request in (*self._waiting, *running):
-            if request.future.done():
-                continue
-            if isinstance(error, Exception):
-                request.future.set_exception(error)
-            else:
-                request.future.cancel()
+        fail_all([request.future for request in (*self._waiting, *running)], error)
         self._clear()
 
     def _clear(self) -> None:

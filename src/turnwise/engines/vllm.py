@@ -28,6 +28,7 @@ from turnwise.engine import (
     check_answered,
     check_finite,
     check_prompt,
+    fail_all,
     fork_onto_session,
 )
 from turnwise.errors import ConfigError, RunError
@@ -199,13 +200,7 @@ class VLLMEngine:
     def _fail(self, error: BaseException) -> None:
         """Hand `error` to everyone who waits; vLLM drops their requests."""
         waiting, self._requests = self._requests, {}
-        for request in waiting.values():
-            if request.future.done():
-                continue
-            if isinstance(error, Exception):
-                request.future.set_exception(error)
-            else:
-                request.future.cancel()
+        fail_all([request.future for request in waiting.values()], error)
         with contextlib.suppress(Exception):  # an engine that is dead has told everyone already
             self._llm.llm_engine.abort_request(list(waiting))
 

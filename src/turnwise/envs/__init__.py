@@ -7,7 +7,7 @@ from typing import Any
 from turnwise.env import Environment
 from turnwise.envs.source import FIRST_SEEDS, Source, Split
 from turnwise.errors import ConfigError, InputError, described
-from turnwise.tools import load_module
+from turnwise.tool_files import load_module
 from turnwise.types import Task
 
 __all__ = ["Source", "load_source"]

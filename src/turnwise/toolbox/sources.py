@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from turnwise.errors import ConfigError, InputError, unknown_name
-from turnwise.tools import Tool, load_tools, tool_mapping
+from turnwise.tool_files import load_tools
+from turnwise.tools import Tool, tool_mapping
 
 BUILT_IN = ("search", "calculator", "python", "python:allow_unisolated")
 """The sources that are names."""
