@@ -1,13 +1,11 @@
 """Conversations in the shape of OpenAI's API: read, framed, and written back."""
 
-import json
-
 import pytest
 
 from chats import CODER, template_chat
 from conftest import bpe_backend
 from turnwise.chat import BPETokenizer, Chat
-from turnwise.conversations import conversation_ids, read_messages, read_tools, reply_message, written
+from turnwise.conversations import read_messages, read_tools, written
 from turnwise.errors import InputError
 from turnwise.protocols import PROTOCOLS
 from turnwise.types import Message, ToolCall
@@ -69,40 +67,15 @@ def test_rules_make_a_system_message_where_there_is_none():
 
 def test_both_kinds_of_chat_frame_a_conversation():
     tags = Chat(BPETokenizer(bpe_backend()))
-    ids = conversation_ids(tags, PROTOCOLS["tools"], read_messages(MESSAGES), read_tools(TOOLS))
+    ids = tags.prompt_ids(written(PROTOCOLS["tools"], read_messages(MESSAGES), read_tools(TOOLS)))
     assert tags.decode(ids).endswith("<result>\nNairobi is.\n</result>\nassistant\n")
     own = template_chat(CODER)
     rendered = own.tokenizer.decode_all(
-        conversation_ids(own, PROTOCOLS["qwen3-coder"], read_messages(MESSAGES), read_tools(TOOLS))
+        own.prompt_ids(written(PROTOCOLS["qwen3-coder"], read_messages(MESSAGES), read_tools(TOOLS)))
     )
     assert '"name": "search"' in rendered.split("<|im_end|>")[0]
     assert "<parameter=query>\nKenya\n</parameter>" in rendered
     assert rendered.endswith("<tool_response>\nNairobi is.\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_what_the_policy_writes_goes_back_in_openais_shape():
-    text = '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "search", "arguments": {"query": "é"}}\n</tool_call>'
-    assert reply_message(PROTOCOLS["hermes"], text) == {
-        "role": "assistant",
-        "content": None,
-        "reasoning_content": "hm",
-        "tool_calls": [
-            {"id": "call00000", "type": "function", "function": {"name": "search", "arguments": '{"query": "é"}'}}
-        ],
-    }
-    (back,) = read_messages([reply_message(PROTOCOLS["hermes"], text)])
-    assert back.tool_calls == (ToolCall(name="search", arguments={"query": "é"}),)
-    assert reply_message(PROTOCOLS["hermes"], "It is <answer>Nairobi</answer>")["content"] == "Nairobi"
-    assert reply_message(PROTOCOLS["hermes"], "<tool_call>x") == {"role": "assistant", "content": "<tool_call>x"}
-    assert reply_message(PROTOCOLS["tools"], "Hello") == {"role": "assistant", "content": "Hello"}
-
-
-def test_arguments_of_qwen3_coder_go_back_in_their_types():
-    tools = json.loads(json.dumps(TOOLS))
-    tools[0]["function"]["parameters"]["properties"]["k"] = {"type": "integer"}
-    text = "<tool_call><function=search><parameter=k>3</parameter></function></tool_call>"
-    (call,) = reply_message(PROTOCOLS["qwen3-coder"], text, read_tools(tools))["tool_calls"]
-    assert call["function"]["arguments"] == '{"k": 3}'
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""Conversations in the shape of OpenAI's API, as messages, as prompt tokens, and the policy's text back in that shape.
+"""Conversations in the shape of OpenAI's API, as messages that a chat frames.
 
-    read_messages(data)                                 messages of a request or of a demonstration, checked
-    read_tools(data)                                    its tools
-    conversation_ids(chat, protocol, messages, tools)   prompt tokens, up to where the policy goes on
-    reply_message(protocol, text, tools)                what the policy wrote, as an assistant's message with tool calls
+    read_messages(data)                  messages of a request or of a demonstration, checked
+    read_tools(data)                     its tools
+    written(protocol, messages, tools)   the messages as the policy's chat takes them
 
 `protocol` is a `TagProtocol`, as `turnwise.protocols.protocol_named` gives it. Under a protocol of tags the tools,
 calls and results become text here; under a model's own format its chat template writes them.
@@ -16,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from turnwise import formats
-from turnwise.chat import Chat, call_id
 from turnwise.errors import InputError
-from turnwise.protocols import TagProtocol, read_message, reply_text, said_text
+from turnwise.protocols import TagProtocol, reply_text, said_text
 from turnwise.tags import json_value
 from turnwise.tools import Tool, tool_mapping
 from turnwise.types import Message, Role, ToolCall, ToolResult
@@ -156,13 +154,6 @@ def _shown(value: Any) -> str:
 # ------------------------------------------------------------------------------------ prompts
 
 
-def conversation_ids(
-    chat: Chat, protocol: TagProtocol, messages: Sequence[Message], tools: Mapping[str, Tool] | None = None
-) -> list[int]:
-    """The tokens of a conversation, up to where the policy goes on. RunError where the chat cannot frame it."""
-    return chat.prompt_ids(written(protocol, messages, tools or {}))
-
-
 def written(protocol: TagProtocol, messages: Sequence[Message], tools: Mapping[str, Tool]) -> list[Message]:
     """The conversation as its chat takes it: with the tools, and under a protocol of tags as text alone.
 
@@ -197,32 +188,3 @@ def _merged(protocol: TagProtocol, messages: Sequence[Message]) -> list[Message]
         else:
             out.append(Message(role=message.role, content=said_text(protocol, message)))
     return out
-
-
-# ------------------------------------------------------------------------------------- replies
-
-
-def reply_message(protocol: TagProtocol, text: str, tools: Mapping[str, Tool] | None = None) -> dict[str, Any]:
-    """What the policy wrote, as an assistant's message in the shape of OpenAI's API; never raises.
-
-    With `tool_calls`, whose arguments are JSON texts, and no content, where it makes calls that can all be read.
-    `reasoning_content` has its thoughts. Where it answers, the content is the answer; where it
-    does neither, or a call cannot be read, the whole text.
-    """
-    action = read_message(protocol, text, tools or {})
-    message: dict[str, Any] = {"role": "assistant", "content": text}
-    if action.error is None and action.reasoning is not None:
-        message["reasoning_content"] = action.reasoning
-    if action.error is None and action.answer is not None:
-        message["content"] = action.answer
-    if action.tool_calls and action.error is None:
-        message["content"] = None
-        message["tool_calls"] = [
-            {"id": call_id(k), "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
-            for k, call in enumerate(action.tool_calls)
-        ]
-    return message
-
-
-def _arguments(call: ToolCall) -> str:
-    return json.dumps(dict(call.arguments or {}), ensure_ascii=False)
