@@ -158,7 +158,7 @@ def run_all(
     for job in jobs.values():
         _write_evaluations(job.out, start["evaluations"], suffix="-start")
     arms = dict.fromkeys(arm for arm, _ in jobs)
-    return start, [{"arm": arm, **records[arm, seed]} for arm in arms for own, seed in jobs if own == arm]
+    return start, [{**records[arm, seed], "arm": arm} for arm in arms for own, seed in jobs if own == arm]
 
 
 def read_arms(config: ReproduceConfig) -> dict[str, TrainConfig]:

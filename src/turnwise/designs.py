@@ -22,6 +22,7 @@ how long a run is.
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from turnwise.compare import (
     run_configs,
     write_result,
 )
-from turnwise.config import TrainConfig, config_from_dict, read_config_file
+from turnwise.config import TrainConfig, config_from_dict, config_to_dict, read_config_file
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.paired import (
     FEWEST,
@@ -59,6 +60,7 @@ from turnwise.paired import (
     proportion_interval,
     sign_test,
 )
+from turnwise.rundir import read_config
 
 NUMBERS = {"seeds": 5, "jobs": 2, "eval_size": 200}
 """The whole numbers of a comparison, and what they are unless the file says otherwise."""
@@ -172,6 +174,7 @@ def compare(
     check_arms(design.arms.values())
     make_folders(results, runs / design.name)
     jobs = run_configs(design.arms, design.seeds, runs / design.name)
+    adopt(jobs, runs, design.eval_size)
     start, records = run_all(
         jobs,
         design.first,
@@ -181,6 +184,24 @@ def compare(
     )
     result = design_result(design, start, records)
     return write_result(results, result, design_markdown(result))
+
+
+def adopt(jobs: Mapping[Key, TrainConfig], runs: Path, eval_size: int) -> None:
+    """Links runs that other comparisons in `runs` finished under the same options: anew, they gave the same numbers."""
+    finished = {}
+    for path in sorted(runs.glob("*/*/record.json")):
+        if json.loads(path.read_text(encoding="utf-8")).get("eval_size") == eval_size:
+            finished[_identity(read_config(path.parent))] = path.parent
+    for job in jobs.values():
+        found = finished.get(_identity(job))
+        if found is not None and not job.out.exists():
+            job.out.symlink_to(os.path.relpath(found.resolve(), job.out.parent.resolve()))
+
+
+def _identity(config: TrainConfig) -> str:
+    """What two runs must share to be one: all options but where they are and on how many threads."""
+    anywhere = dataclasses.replace(config, reward_weights=dict(config.weights), out=Path(), threads=1)
+    return json.dumps(config_to_dict(anywhere), sort_keys=True, default=str)
 
 
 def design_result(design: Design, start: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
