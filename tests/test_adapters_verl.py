@@ -20,8 +20,9 @@ from adapter_rollouts import (
     of_two_numbers,
     shuffled,
 )
+from turnwise.adapters.dense import OFFERED, PREFIX, Beside, beside
 from turnwise.adapters.rows import TREES, WITH_CRITIC, WITHOUT_CRITIC, dense_rewards, dense_scores, observation_anchors
-from turnwise.adapters.verl import OFFERED, PREFIX, Beside, beside, estimate, loop_refusals, refusals
+from turnwise.adapters.verl import estimate, loop_refusals, refusals
 from turnwise.config import TRAINABLE
 from turnwise.credit import NEEDS
 from turnwise.errors import ConfigError, InputError

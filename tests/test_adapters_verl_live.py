@@ -35,8 +35,9 @@ with warnings.catch_warnings():
 from adapter_rollouts import awkward_rollouts, critic_values, dense_batch, native_advantages, of_two_numbers, shuffled
 from test_adapters_verl import ALONE
 from turnwise.adapters.doctor import failed, run_check
+from turnwise.adapters.dense import OFFERED, PREFIX, Beside, beside
 from turnwise.adapters.rows import WITH_CRITIC
-from turnwise.adapters.verl import OFFERED, PREFIX, Beside, beside, estimate
+from turnwise.adapters.verl import estimate
 from turnwise.chat import load_chat
 from turnwise.config import TRAINABLE, TrainConfig
 from turnwise.errors import ConfigError, InputError

@@ -171,7 +171,7 @@ COMMANDS = {
     "lab": Command("compare estimators with exact gradients on small processes", reading.lab),
     "search": Command("search a corpus as the agent's tool does", converting.search),
     "serve-search": Command("serve a corpus's search over HTTP", converting.serve_search),
-    "doctor": Command("check that turn credit works inside another trainer (trl, verl)", reading.doctor),
+    "doctor": Command("check that turn credit works inside another trainer (trl, verl, skyrl)", reading.doctor),
     "convert": Command("make task and corpus files from public question sets", converting.convert),
     "convert-weights": Command("make a checkpoint of llama2.c's weights", converting.convert_weights),
     "warmup": Command("make a starting checkpoint from demonstrations", build=training.warmup_command),

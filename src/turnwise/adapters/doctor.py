@@ -24,7 +24,11 @@ class Finding:
 
 Check = Callable[[], Finding]
 
-TRAINERS: Mapping[str, str] = {"trl": "turnwise.adapters.trl_checks", "verl": "turnwise.adapters.verl_checks"}
+TRAINERS: Mapping[str, str] = {
+    "trl": "turnwise.adapters.trl_checks",
+    "verl": "turnwise.adapters.verl_checks",
+    "skyrl": "turnwise.adapters.skyrl_checks",
+}
 """The module of each trainer's checks."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from turnwise.adapters.verl import PREFIX
+from turnwise.adapters.dense import PREFIX
 from turnwise.config import TrainConfig
 from turnwise.setting import make_setting
 from turnwise.types import Task

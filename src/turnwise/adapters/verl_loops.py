@@ -21,8 +21,9 @@ from pydantic import Field
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
 from verl.experimental.agent_loop.tool_agent_loop import AgentData, AgentState, ToolAgentLoop
 
+from turnwise.adapters.dense import PREFIX
 from turnwise.adapters.rows import dense_scores
-from turnwise.adapters.verl import PREFIX, loop_refusals
+from turnwise.adapters.verl import loop_refusals
 from turnwise.chat import Chat, load_chat
 from turnwise.config import TrainConfig
 from turnwise.engine import Completion, Sampling

@@ -13,8 +13,9 @@ from omegaconf import open_dict
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from turnwise.adapters.dense import PREFIX, Beside, beside
 from turnwise.adapters.rows import batch_turn_ids, observation_anchors
-from turnwise.adapters.verl import MODE, PREFIX, Beside, beside
+from turnwise.adapters.verl import MODE
 from turnwise.credit import NEEDS
 from turnwise.errors import InputError
 
