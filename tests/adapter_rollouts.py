@@ -61,6 +61,11 @@ def shuffled(rollouts: list[Rollout], seed: int = 1) -> list[Rollout]:
     return [rollouts[i] for i in np.random.default_rng(seed).permutation(len(rollouts))]
 
 
+def dealt(rollouts: list[Rollout], ranks: int = 2) -> list[list[Rollout]]:
+    """The rollouts as processes would have them: dealt like cards, so that every group is split."""
+    return [rollouts[rank::ranks] for rank in range(ranks)]
+
+
 def native_advantages(rollouts: list[Rollout], estimator: str, **options: Any) -> list[np.ndarray]:
     """What the native trainer gives the tokens after each prompt, 0 where they were not sampled."""
     config = TrainConfig(estimator=estimator, **options)
@@ -143,15 +148,17 @@ class Dense:
     groups: list[str]
 
 
-def dense_batch(rollouts: list[Rollout], *, padding_rows: int = 0, at_end: bool = False) -> Dense:
+def dense_batch(
+    rollouts: list[Rollout], *, padding_rows: int = 0, at_end: bool = False, left: bool = False
+) -> Dense:
     """Each turn paid on its last sampled token; `at_end`: the outcome on the row's last token, sampled or not."""
-    batch = padded_rollouts(rollouts, padding_rows=padding_rows)
+    batch = padded_rollouts(rollouts, padding_rows=padding_rows, left=left)
     rewards = np.zeros(batch.action.shape, np.float32)
     for i, rollout in enumerate(rollouts):
         outcome = sum(rollout.outcome_rewards.values())
         turns = [sum(turn.values()) for turn in rollout.turn_rewards]
         rewards[i] = dense_scores(batch.action[i].tolist(), turns, 0.0 if at_end else outcome)
         if at_end:
-            rewards[i, batch.present[i].sum() - 1] += outcome
+            rewards[i, np.flatnonzero(batch.present[i])[-1]] += outcome
     rewards[len(rollouts) :, 0] = 9.0  # padding's rewards are not looked at
     return Dense(rewards=rewards, action=batch.action, groups=batch.groups)

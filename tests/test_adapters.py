@@ -1,10 +1,12 @@
 """Rows of other trainers: the same rollouts get the same token advantages as natively, whatever the layout."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from adapter_rollouts import awkward_rollouts, critic_values, native_advantages, padded_rollouts, shuffled
+from adapter_rollouts import awkward_rollouts, critic_values, dealt, native_advantages, padded_rollouts, shuffled
 from turnwise.adapters.rows import (
     TREES,
     WITH_CRITIC,
@@ -24,8 +26,10 @@ from turnwise.errors import ConfigError, InputError
 from turnwise.types import Rollout
 
 
-def through_rows(rollouts: list[Rollout], estimator: str, *, critic: bool = False, **layout) -> list[np.ndarray]:
-    """Each rollout's advantages at its sampled tokens, by way of padded arrays."""
+def rows_of(
+    rollouts: list[Rollout], estimator: str, *, critic: bool = False, **layout
+) -> tuple[np.ndarray, list[CreditRow | None]]:
+    """Turn ids and rows of a process that has these rollouts, by way of padded arrays."""
     batch = padded_rollouts(rollouts, **layout)
     turn_ids = batch_turn_ids(batch.action)
     values, bootstrap = None, None
@@ -34,7 +38,7 @@ def through_rows(rollouts: list[Rollout], estimator: str, *, critic: bool = Fals
         values, bootstrap = np.full(turn_ids.shape, np.nan), [*after[:, 0], *[0.0] * (len(turn_ids) - len(rollouts))]
         for i, found in enumerate(own):
             values[i, turn_ids[i] >= 0] = found[:, 0]
-    rows = credit_rows(
+    return turn_ids, credit_rows(
         turn_ids,
         batch.groups,
         batch.turn_rewards,
@@ -43,6 +47,11 @@ def through_rows(rollouts: list[Rollout], estimator: str, *, critic: bool = Fals
         values=values,
         bootstrap=bootstrap,
     )
+
+
+def through_rows(rollouts: list[Rollout], estimator: str, *, critic: bool = False, **layout) -> list[np.ndarray]:
+    """Each rollout's advantages at its sampled tokens."""
+    turn_ids, rows = rows_of(rollouts, estimator, critic=critic, **layout)
     found = token_advantages(turn_ids, row_credit(rows, estimator).tokens)
     assert found.shape == turn_ids.shape
     assert_array_equal(found[turn_ids < 0], 0.0)
@@ -80,24 +89,31 @@ def test_rows_with_values_get_the_native_advantages(estimator: str):
 
 
 def _unpaid(rollout: Rollout, *, at_end: bool) -> Rollout:
-    import dataclasses
-
     turns = ({},) * len(rollout.turns) if at_end else rollout.turn_rewards
     return dataclasses.replace(rollout, outcome_rewards={}, turn_rewards=turns)
 
 
-def test_groups_that_are_split_over_processes_are_one_group_again():
-    rollouts = shuffled(awkward_rollouts())
-    halves = [rollouts[: len(rollouts) // 2], rollouts[len(rollouts) // 2 :]]
-    rows = []
-    for half in halves:
-        batch = padded_rollouts(half, padding_rows=1)
-        ids = batch_turn_ids(batch.action)
-        rows += credit_rows(ids, batch.groups, batch.turn_rewards, batch.outcome_rewards)
-    found = [own for own in row_credit(rows, "mt-grpo").tokens if len(own)]
-    assert_alike(found, native_advantages(rollouts, "mt-grpo"))
-    alone = [row_credit([row for row in rows[: len(halves[0])]], "mt-grpo").tokens]
-    assert not np.allclose(np.concatenate(alone[0]), np.concatenate(found)[: len(np.concatenate(alone[0]))])
+@pytest.mark.parametrize("estimator", [*WITHOUT_CRITIC, *(name for name in WITH_CRITIC if name in TRAINABLE)])
+def test_groups_that_are_split_over_processes_are_one_group_again(estimator: str):
+    critic = estimator in WITH_CRITIC
+    rollouts = [dataclasses.replace(r, stop="answer") for r in shuffled(awkward_rollouts())]
+    parts = dealt(rollouts)
+    gathered: list[CreditRow | None] = []
+    for rank, part in enumerate(parts):  # padded to each process's own width, on its own side
+        gathered += rows_of(part, estimator, critic=critic, padding_rows=1, left=bool(rank))[1]
+    if critic:  # what a critic says does not depend on the process
+        together = rows_of([r for part in parts for r in part], estimator, critic=True)[1]
+        known = iter([row.values for row in together if row])
+        gathered = [row and dataclasses.replace(row, values=next(known)) for row in gathered]
+    found = [own for own in row_credit(gathered, estimator).tokens if len(own)]
+    assert_alike(found, native_advantages([r for part in parts for r in part], estimator))
+
+
+def test_a_process_that_saw_its_own_rows_alone_would_credit_otherwise():
+    part, *_ = dealt(shuffled(awkward_rollouts()))
+    alone = row_credit(rows_of(part, "mt-grpo")[1], "mt-grpo").tokens
+    whole = native_advantages([r for own in dealt(shuffled(awkward_rollouts())) for r in own], "mt-grpo")
+    assert not np.allclose(np.concatenate(alone), np.concatenate(whole[: len(part)]))
 
 
 def test_two_turns_of_one_rollout_differ():

@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from adapter_rollouts import (
     awkward_rollouts,
     critic_values,
+    dealt,
     dense_batch,
     native_advantages,
     of_two_numbers,
@@ -66,11 +67,11 @@ def test_dense_rewards_get_the_native_advantages(estimator: str, layout: dict[st
     assert_alike(through_estimate(rollouts, estimator, **layout), expected)
 
 
-def test_a_shuffled_group_is_one_group_though_verl_balanced_the_rows():
-    rollouts = [of_two_numbers(r) for r in awkward_rollouts()]
-    order = np.random.default_rng(5).permutation(len(rollouts))
-    found = through_estimate([rollouts[i] for i in order], "mt-grpo")
-    assert_alike(found, [native_advantages(rollouts, "mt-grpo")[i] for i in order])
+@pytest.mark.parametrize("estimator", ALONE)
+def test_a_group_whose_rows_come_from_several_workers_is_one_group(estimator: str):
+    """verl credits on the driver, over the whole batch: agent-loop workers deal the rows, training ranks split after."""
+    rollouts = [r for part in dealt([of_two_numbers(r) for r in awkward_rollouts()], 3) for r in part]
+    assert_alike(through_estimate(rollouts, estimator), native_advantages(rollouts, estimator))
 
 
 def beside_of(rollouts: list[Rollout], estimator: str, *, critic: bool = False) -> Beside:
@@ -95,7 +96,7 @@ def beside_of(rollouts: list[Rollout], estimator: str, *, critic: bool = False) 
 
 @pytest.mark.parametrize("estimator", WITHOUT_CRITIC)
 def test_with_rewards_by_name_all_are_native(estimator: str):
-    rollouts = shuffled(awkward_rollouts(), 2)
+    rollouts = [r for part in dealt(shuffled(awkward_rollouts(), 2)) for r in part]
     given = beside_of(rollouts, estimator)
     assert_alike(through_estimate(rollouts, estimator, given), native_advantages(rollouts, estimator))
     assert given.metrics["turns"] == pytest.approx(np.mean([len(r.turns) for r in rollouts]))

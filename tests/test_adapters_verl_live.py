@@ -283,6 +283,50 @@ def test_several_rows_per_rollout_are_refused():
         check_single_rows(["a_0_0", "a_1_0", "a_1_1"])
 
 
+def some_output() -> TurnOutput:
+    return TurnOutput(
+        prompt_ids=[5],
+        response_ids=[7],
+        response_mask=[1],
+        reward_score=1.0,
+        metrics=AgentLoopMetrics(),
+        extra_fields={"reward_extra_info": {}},
+    )
+
+
+def test_several_outputs_of_one_rollout_are_refused_where_verl_takes_them(monkeypatch: pytest.MonkeyPatch):
+    """verl's own postprocessing, its queue replaced by a list; every rollout is a task, as in its `_run_prompt`."""
+    from verl.trainer.ppo.v1 import agent_loop_tq
+
+    put: list[str] = []
+
+    async def kept(keys: list[str], **_: Any) -> None:
+        put.extend(keys)
+
+    async def nothing(*_: Any, **__: Any) -> None: ...
+
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_batch_put", kept)
+    worker: Any = object.__new__(agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class)
+    worker._compute_score = worker._compute_teacher_logprobs = nothing
+    worker._compute_multi_modal_inputs = lambda output, ids: {}
+    worker._compute_position_ids = lambda ids, mask, inputs: torch.zeros_like(ids)
+
+    async def played(outputs: list[list[TurnOutput]]) -> list[Any]:
+        tasks = [
+            asyncio.create_task(
+                worker._agent_loop_postprocess(own, False, uid="a", session_id=i, global_steps=0)
+            )
+            for i, own in enumerate(outputs)
+        ]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, second = asyncio.run(played([[some_output()], [some_output(), some_output()]]))
+    assert first is None
+    assert put == ["a_0_0"]
+    assert isinstance(second, InputError)
+    assert "one output per rollout; got several" in str(second)
+
+
 # ------------------------------------------------------------------------------------------ the whole of it
 
 

@@ -1,4 +1,7 @@
-"""One of two processes whose groups of rollouts span both; writes its rows' advantages. For test_adapters_trl."""
+"""One of two processes whose groups of rollouts span both; writes its rows' advantages by estimator.
+
+For test_adapters_trl.
+"""
 
 import json
 import sys
@@ -9,6 +12,7 @@ import torch
 
 from adapter_rollouts import awkward_rollouts
 from test_adapters_trl import GROUP, batch_inputs, fixed_trainer
+from turnwise.adapters.rows import WITHOUT_CRITIC
 
 
 def main(checkpoint: str, out: str) -> None:
@@ -26,10 +30,12 @@ def main(checkpoint: str, out: str) -> None:
 
     own.rollout_func = of_this_process
     own.model.train()
-    batch = own._generate_and_score_completions(batch_inputs(mine))
-    mask = (batch["completion_mask"] * batch["tool_mask"]) > 0
-    rows = [row[there].tolist() for row, there in zip(batch["advantages"], mask, strict=True)]
-    (Path(out) / f"rank{rank}.json").write_text(json.dumps(rows))
+    found = {}
+    for own.estimator in WITHOUT_CRITIC:
+        batch = own._generate_and_score_completions(batch_inputs(mine))
+        mask = (batch["completion_mask"] * batch["tool_mask"]) > 0
+        found[own.estimator] = [row[there].tolist() for row, there in zip(batch["advantages"], mask, strict=True)]
+    (Path(out) / f"rank{rank}.json").write_text(json.dumps(found))
     own.accelerator.wait_for_everyone()
     torch.distributed.destroy_process_group()
 

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 from omegaconf import OmegaConf
@@ -40,12 +41,33 @@ class TurnOutput(AgentLoopOutput):
     """One number per turn; turns at the end that have none may be left out."""
 
     def as_dict(self) -> dict[str, Any]:
-        """verl's fields, with `rm_scores` as `rows.dense_scores` lays them out. InputError for too many rewards."""
+        """verl's fields, with `rm_scores` as `rows.dense_scores` lays them out.
+
+        InputError for too many rewards, and for a second output of one rollout.
+        """
+        _check_single(self)
         output = super().as_dict()
         paid = output.pop("turn_rewards", [])
         scores = dense_scores(self.response_mask, paid, self.reward_score or 0.0)
         output["rm_scores"] = torch.from_numpy(scores)
         return output
+
+
+_taken: WeakKeyDictionary[asyncio.Task[Any], AgentLoopOutput] = WeakKeyDictionary()
+"""What each rollout's task has handed to verl's queue: verl plays every rollout in a task of its own."""
+
+
+def _check_single(output: AgentLoopOutput) -> None:
+    """InputError where the rollout that this task plays has handed over another output."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # outside of verl's workers
+        return
+    if task is not None and _taken.setdefault(task, output) is not output:
+        raise InputError(
+            "an agent loop must return one output per rollout; got several: verl makes each a row of the same group, "
+            "where its turns would count as another rollout's; return one, with all turns in its mask"
+        )
 
 
 class _Checked:
