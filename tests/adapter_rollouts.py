@@ -148,9 +148,7 @@ class Dense:
     groups: list[str]
 
 
-def dense_batch(
-    rollouts: list[Rollout], *, padding_rows: int = 0, at_end: bool = False, left: bool = False
-) -> Dense:
+def dense_batch(rollouts: list[Rollout], *, padding_rows: int = 0, at_end: bool = False, left: bool = False) -> Dense:
     """Each turn paid on its last sampled token; `at_end`: the outcome on the row's last token, sampled or not."""
     batch = padded_rollouts(rollouts, padding_rows=padding_rows, left=left)
     rewards = np.zeros(batch.action.shape, np.float32)

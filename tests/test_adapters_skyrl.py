@@ -98,10 +98,7 @@ def training_batch(rollouts: list[Rollout], estimator: str, *, padding_rows: int
     rewards = np.zeros(batch.action.shape, np.float32)
     for row, own in zip(rewards, output["rewards"], strict=True):
         row[len(row) - len(own) :] = own
-    whole = [
-        p + r
-        for p, r in zip(output["prompt_token_ids"], output["response_ids"], strict=True)
-    ]
+    whole = [p + r for p, r in zip(output["prompt_token_ids"], output["response_ids"], strict=True)]
     width = max(max(map(len, whole)), batch.action.shape[1])
     values = None
     if estimator in WITH_CRITIC:
@@ -117,7 +114,8 @@ def training_batch(rollouts: list[Rollout], estimator: str, *, padding_rows: int
         "values": None if values is None else torch.from_numpy(values),
     }
     padded = {  # as SkyRL pads: copies of the first row, which are masked out
-        name: x if x is None else torch.cat([x, x[[0] * padding_rows] * (name != "loss_mask")]) for name, x in data.items()
+        name: x if x is None else torch.cat([x, x[[0] * padding_rows] * (name != "loss_mask")])
+        for name, x in data.items()
     }
     return {**padded, "uids": batch.groups + [f"pad{i}" for i in range(padding_rows)]}
 

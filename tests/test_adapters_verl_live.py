@@ -34,8 +34,8 @@ with warnings.catch_warnings():
 
 from adapter_rollouts import awkward_rollouts, critic_values, dense_batch, native_advantages, of_two_numbers, shuffled
 from test_adapters_verl import ALONE
-from turnwise.adapters.doctor import failed, run_check
 from turnwise.adapters.dense import OFFERED, PREFIX, Beside, beside
+from turnwise.adapters.doctor import failed, run_check
 from turnwise.adapters.rows import WITH_CRITIC
 from turnwise.adapters.verl import estimate
 from turnwise.chat import load_chat
@@ -313,9 +313,7 @@ def test_several_outputs_of_one_rollout_are_refused_where_verl_takes_them(monkey
 
     async def played(outputs: list[list[TurnOutput]]) -> list[Any]:
         tasks = [
-            asyncio.create_task(
-                worker._agent_loop_postprocess(own, False, uid="a", session_id=i, global_steps=0)
-            )
+            asyncio.create_task(worker._agent_loop_postprocess(own, False, uid="a", session_id=i, global_steps=0))
             for i, own in enumerate(outputs)
         ]
         return await asyncio.gather(*tasks, return_exceptions=True)

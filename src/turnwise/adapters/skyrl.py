@@ -155,21 +155,26 @@ def check(cfg: Any) -> None:
 class TurnCredit:
     """What SkyRL's trainers must add, to stand before one of them: `class Mine(TurnCredit, RayPPOTrainer)`.
 
-    With an estimator of its own it changes nothing. Raises ConfigError for what would delete or distort turn credit.
+    With an estimator of SkyRL's own it changes nothing. ConfigError for what would delete or distort turn credit.
     """
+
+    cfg: Any
+    all_metrics: dict[str, Any]
 
     def __init__(self, cfg: Any, *args: Any, **options: Any) -> None:
         check(cfg)
-        super().__init__(cfg, *args, **options)
+        parent: Any = super()
+        parent.__init__(cfg, *args, **options)
 
     def _turn_estimator(self) -> str | None:
         """The name of ours that is configured; None where it is not one of ours."""
-        name = str(self.cfg.trainer.algorithm.advantage_estimator)  # pyright: ignore[reportAttributeAccessIssue]
+        name = str(self.cfg.trainer.algorithm.advantage_estimator)
         return name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
 
     def postprocess_generator_output(self, generator_output: Any, *args: Any, **options: Any) -> Any:
         """SkyRL's rewards per token; InputError where a generator gave one number per rollout."""
         estimator, rewards = self._turn_estimator(), generator_output["rewards"]
+        parent: Any = super()
         if estimator is not None and estimator not in ONE_PER_ROLLOUT:
             for row in rewards:
                 if not isinstance(row, list):
@@ -177,25 +182,24 @@ class TurnCredit:
                         f"a generator must give rewards as a list per rollout, one number per token; got {row!r}, the "
                         f"rollout's sum, in which {estimator} finds no turns; put each turn's on its last token"
                     )
-        return super().postprocess_generator_output(  # pyright: ignore[reportAttributeAccessIssue]
-            generator_output, *args, **options
-        )
+        return parent.postprocess_generator_output(generator_output, *args, **options)
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
         """SkyRL's method, whose estimator finds the turns beside what it is handed."""
-        estimator, own = self._turn_estimator(), super()
+        estimator = self._turn_estimator()
+        parent: Any = super()
         if estimator is None:
-            return own.compute_advantages_and_returns(data)  # pyright: ignore[reportAttributeAccessIssue]
+            return parent.compute_advantages_and_returns(data)
         with beside(what_else(data, estimator)) as given:
-            data = own.compute_advantages_and_returns(data)  # pyright: ignore[reportAttributeAccessIssue]
-        found = {METRICS + key: value for key, value in given.metrics.items()}
-        self.all_metrics.update(found)  # pyright: ignore[reportAttributeAccessIssue]
+            data = parent.compute_advantages_and_returns(data)
+        self.all_metrics.update({METRICS + key: value for key, value in given.metrics.items()})
         return data
 
 
 def what_else(data: Any, estimator: str) -> Beside:
     """What SkyRL's batch holds beside rewards and its mask, as the estimator takes it."""
-    given = Beside(action=array(data["loss_mask"]))
+    action = array(data["loss_mask"])
+    given = Beside(action=action)
     if estimator in WITH_CRITIC:
         given.values = array(data["values"])
     if "anchor" in NEEDS.get(estimator, ()):
@@ -207,5 +211,5 @@ def what_else(data: Any, estimator: str) -> Beside:
             for row, there, after in zip(sequences, attention, present, strict=True)
         ]
         ids = sequences[:, sequences.shape[1] - present.shape[1] :]
-        given.anchors = observation_anchors(batch_turn_ids(given.action), ids, present, [p.tolist() for p in prompts])
+        given.anchors = observation_anchors(batch_turn_ids(action), ids, present, [p.tolist() for p in prompts])
     return given

@@ -57,7 +57,6 @@ def registered() -> Finding:
 def a_batch() -> Finding:
     """A batch with known rewards gets known credit from SkyRL's trainer."""
     import numpy as np
-
     from loguru import logger
 
     logger.disable("skyrl")

@@ -1,7 +1,8 @@
 """SkyRL's trainer and entry point with turn credit: `trainer.override_entrypoint=turnwise.adapters.skyrl_main`.
 
-For an entry point of one's own there are `TurnExp` in the place of `BasePPOExp`, and `TurnConfig`, SkyRL's configuration
-with `trainer.algorithm.turnwise` for the estimator's options. Importing this registers the estimators. Needs SkyRL.
+For an entry point of one's own there are `TurnExp` in the place of `BasePPOExp`, and `TurnConfig`, SkyRL's
+configuration with `trainer.algorithm.turnwise` for the estimator's options. Importing this registers the estimators.
+Needs SkyRL.
 """
 
 import sys
