@@ -2,6 +2,7 @@
 # make test        the fast tests            make test-slow   the end-to-end tests
 # make test-trl    those of the adapter for TRL, with its newest and its oldest release (a part of test-slow)
 # make test-verl   those of the adapter for verl, training on this CPU included (a part of test-slow)
+# make test-skyrl  those of the adapter for SkyRL, with its own methods (a part of test-slow)
 # make check       lint, format, types, tests
 # make clean       remove what these targets made, the environment included
 
@@ -14,10 +15,11 @@ PURELIB := import sysconfig; print(sysconfig.get_path('purelib'))
 TRL_NEWEST := 1.16.0
 TRL_OLDEST := 1.8.0
 VERL_RELEASE := 0.9.1
+SKYRL_RELEASE := 0.3.0
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-trl test-verl check clean
+.PHONY: demo test test-slow test-trl test-verl test-skyrl check clean
 
 demo: $(VENV)/.train-installed
 	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
@@ -28,7 +30,7 @@ test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 # pytest leaves with 5 where it finds no test: right only as long as no test is slow.
-test-slow: $(VENV)/.dev-installed test-trl test-verl
+test-slow: $(VENV)/.dev-installed test-trl test-verl test-skyrl
 	$(BIN)/python -m pytest -m slow || { [ $$? -eq 5 ] && ! grep -rq "mark\.slow" tests; }
 
 # The two runs in two processes take most of the time: with the newest release alone.
@@ -39,6 +41,9 @@ test-trl: .venv-trl-$(TRL_NEWEST)/.installed .venv-trl-$(TRL_OLDEST)/.installed
 test-verl: .venv-verl/.installed
 	.venv-verl/bin/python -m pytest -m slow tests/test_adapters_verl_live.py
 
+test-skyrl: .venv-skyrl/.installed
+	PYTHONPATH=src .venv-skyrl/bin/python -m pytest -m slow tests/test_adapters_skyrl_live.py
+
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +51,7 @@ check: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) .venv-trl-* .venv-verl $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl-* .venv-verl .venv-skyrl $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -77,4 +82,14 @@ $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints-verl.txt "verl==$(VERL_RELEASE)" TransferQueue pyzmq msgspec cachetools fastapi uvicorn
 	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# SkyRL itself without what its trainer wants for GPUs: its methods need these alone.
+.venv-skyrl/.installed: constraints-skyrl.txt $(VENV)/.dev-installed
+	$(PYTHON) -m venv .venv-skyrl
+	$(BIN)/python -c "$(PURELIB)" > $$(.venv-skyrl/bin/python -c "$(PURELIB)")/main.pth
+	.venv-skyrl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		"skyrl==$(SKYRL_RELEASE)" skyrl-gym==0.4.0
+	.venv-skyrl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-skyrl.txt \
+		aiohttp loguru omegaconf ray torchdata
 	touch $@

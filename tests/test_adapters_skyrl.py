@@ -232,9 +232,9 @@ def test_what_would_delete_or_distort_turn_credit_is_refused(node: str, change: 
         assert len(found) == refused, (estimator, found)
         assert not refused or said in found[0]
         if refused:
-            with pytest.raises(ConfigError, match="must|which are"):
+            with pytest.raises(ConfigError, match=r"must|which are"):
                 check(cfg)
-            with pytest.raises(ConfigError, match="must|which are"):
+            with pytest.raises(ConfigError, match=r"must|which are"):
                 Trainer(cfg)
 
 

@@ -1,4 +1,4 @@
-"""SkyRL's own code with turn credit: its generator over a gym environment, its trainer's methods, its losses, its registry.
+"""SkyRL's own code with turn credit: its generator over a gym environment, its trainer's methods, losses, registry.
 
 Methods on a CPU: no model is trained, no engine draws. Runs where SkyRL is installed (make test-skyrl).
 """

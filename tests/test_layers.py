@@ -141,7 +141,7 @@ def modules_after(code: str) -> set[str]:
         ("import turnwise.credit, turnwise.lab", {"torch", "transformers", "tyro", "rich"}),
         ("import turnwise.env, turnwise.rewards, turnwise.config", {"torch", "transformers"}),
         ("import turnwise.report, turnwise.display", {"torch", "transformers"}),
-        ("import turnwise.adapters.rows, turnwise.adapters.doctor", {"torch", "transformers", "trl", "verl"}),
+        ("import turnwise.adapters.doctor, turnwise.adapters.skyrl", {"torch", "transformers", "trl", "verl", "ray"}),
         ("from turnwise.cli import main; main(['--help'])", {"torch", "numpy", "tyro", "rich"}),
         ("from turnwise.cli import main; main(['search', 'Kenya'])", {"torch", "transformers"}),
     ],
