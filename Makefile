@@ -91,5 +91,5 @@ $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	.venv-skyrl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		"skyrl==$(SKYRL_RELEASE)" skyrl-gym==0.4.0
 	.venv-skyrl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-skyrl.txt \
-		aiohttp loguru omegaconf ray torchdata
+		aiohttp func_timeout loguru omegaconf ray torchdata
 	touch $@
