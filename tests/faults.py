@@ -72,7 +72,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watch(seen: Operations) -> None:
+def watch(seen: Operations) -> None:  # noqa: C901
     """Puts `seen` before every function that changes files."""
 
     class Raw(io.FileIO):
@@ -219,7 +219,7 @@ def left(run: Path) -> dict[str, Any]:
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k not in (*TIMES, "wall_s", "duration_s")}
+            return {k: timeless(v) for k, v in value.items() if k not in (*TIMES, "wall_s", "duration_s", "unwritten")}
         return [timeless(each) for each in value] if isinstance(value, list) else value
 
     found: dict[str, Any] = {}

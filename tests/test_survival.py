@@ -20,6 +20,18 @@ def outcome_varied(task, rollout):
 def turn_exact(task, rollout):
     return [None for turn in rollout.turns]
 """
+SHAPE: dict[str, Any] = {
+    "steps": 3,
+    "tasks_per_step": 2,
+    "group_size": 2,
+    "max_turn_tokens": 4,
+    "minibatches": 1,
+    "learning_rate": 1e-2,
+    "warmup_steps": 1,
+    "validate_every": 2,
+    "validation_size": 2,
+    "threads": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +39,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> dict[st
     folder = tmp_path_factory.mktemp("world")
     return {
         **small_world(folder, checkpoint, (f"q{i}" for i in range(5)), REWARDS),
-        "steps": 3,
-        "tasks_per_step": 2,
-        "group_size": 2,
-        "max_turn_tokens": 4,
-        "minibatches": 1,
-        "learning_rate": 1e-2,
-        "warmup_steps": 1,
-        "validate_every": 2,
-        "validation_size": 2,
-        "threads": 1,
+        **SHAPE,
     }
 
 

@@ -56,7 +56,9 @@ def update(
     positions they computed together.
 
     A minibatch whose loss or gradient is not finite, the policy's or the critic's, changes nothing and is counted;
-    `skipped` is told of it, and with None of every step that is taken. `at_once` micro-batches are computed at a time; their gradients are added in order, so the number changes nothing.
+    `skipped` is told of it, and with None of every step that is taken.
+
+    `at_once` micro-batches are computed at a time; their gradients are added in order, so the number changes nothing.
     In the first `critic_warmup_steps` steps the critic learns alone.
     """
     groups = sorted({group for group, _ in rows})
@@ -150,15 +152,8 @@ def _optimise(
     found["positions"] = float(positions)
     stepping: dict[str, torch.optim.Optimizer] = {"value_grad_norm": critic.optimizer} if critic else {}
     stepping |= {"grad_norm": optimizer} if policy_learns and live else {}
-    norms = {name: _clipped(each, config.max_grad_norm) for name, each in stepping.items()}
     losses = {name: sums[name] for name in ("loss", "value_loss") if name in sums}
-    broken = [f"its {name} is {value}" for name, value in {**losses, **norms}.items() if not math.isfinite(value)]
-    for each in stepping.values():
-        if not broken:
-            each.step()
-        each.zero_grad(set_to_none=True)
-    if broken:
-        raise _NotFinite(", ".join(broken), {**found, **losses, **norms})
+    norms = _stepped(stepping, config.max_grad_norm, {**found, **losses})
     if critic:
         found |= {name: sums.pop(name) for name in ("value_loss", "value_clip_fraction")}
         found["value_grad_norm"] = norms["value_grad_norm"]
@@ -182,10 +177,25 @@ def _num_targets(rows: Sequence[Row]) -> torch.Tensor:
     return torch.from_numpy(np.sum(counts, axis=0))
 
 
-def _clipped(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """The norm of the gradient of an optimiser's parameters, which is scaled down to `max_norm`."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+def _stepped(
+    optimizers: Mapping[str, torch.optim.Optimizer], max_norm: float, found: Mapping[str, float]
+) -> dict[str, float]:
+    """One step of each optimiser along its clipped gradient, which is cleared; the norms before clipping, by name.
+
+    No step at all, and _NotFinite, where one of the norms is not finite, or a loss in `found`.
+    """
+    norms = {}
+    for name, optimizer in optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    broken = [f"its {name} is {x}" for name, x in {**found, **norms}.items() if not math.isfinite(x)]
+    for optimizer in optimizers.values():
+        if not broken:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if broken:
+        raise _NotFinite(", ".join(broken), {**found, **norms})
+    return norms
 
 
 def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:

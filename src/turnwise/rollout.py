@@ -180,8 +180,8 @@ async def run_rollout(
     """One task played to its end.
 
     A failure of the environment is recorded in the rollout (stop `error`, without turns where it could not start), and
-    so are logits that are not finite; other failures of the engine are raised. Every granted turn has room for `max_turn_tokens`: a reply that would take it is
-    cut. Raises InputError where the prompt leaves no room for one turn.
+    so are logits that are not finite; other failures of the engine are raised. Every granted turn has room for
+    `max_turn_tokens`: a reply that would take it is cut. Raises InputError where the prompt leaves no room for a turn.
     """
     player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
     line = await player.line(environment, seed)

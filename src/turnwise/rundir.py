@@ -133,7 +133,10 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Adds records to a JSON-lines file: all of them, or none where that fails. ASCII, so that any text comes through."""
+    """Adds records to a JSON-lines file: all of them, or none where that fails.
+
+    ASCII, so that any text comes through.
+    """
     content = "".join(json.dumps(record) + "\n" for record in records).encode()
     if not content:
         return
@@ -145,7 +148,7 @@ def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
                 rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except OSError:
-            if file.seekable():  # a device is not
+            with contextlib.suppress(OSError):  # a device has no length
                 file.truncate(before)
             raise
 
@@ -186,6 +189,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(ValueError):
         return [json.loads(line) for line in lines]
     return [json.loads(line) for line in lines[:-1]]
+
+
+def missing_lines(path: Path, records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The records that a file, whose last ones may be the first of them, still lacks."""
+    there = read_lines(path)
+    number = next(n for n in range(len(records), -1, -1) if there[len(there) - n :] == list(records[:n]))
+    return records[number:]
 
 
 KEPT_BAD = 5

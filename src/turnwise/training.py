@@ -53,6 +53,7 @@ from turnwise.rundir import (
     latest_checkpoint,
     load_critic,
     load_optimizer,
+    missing_lines,
     read_config,
     read_lines,
     save_bad_batch,
@@ -307,7 +308,8 @@ class _Run:
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.saved_step = self.step
         self._cut_logs(after_step=self.step)
-        self._write({name: state.get("unwritten", {}).get(name, []) for name in self.unwritten})
+        waiting: Mapping[str, list[Record]] = state.get("unwritten", {})
+        self._write({name: missing_lines(self.config.out / name, records) for name, records in waiting.items()})
 
     def _refresh(self, version: int) -> None:
         for engine in self.engines:
@@ -452,7 +454,8 @@ class _Run:
             "rollout_s": rolled - start,
             "update_s": ended - rolled,
         }
-        return metrics, _rollout_lines(self.step + 1, by_id, kept, credited, config)
+        lines = _rollout_lines(self.step + 1, by_id, kept, credited, config)
+        return metrics, lines + _failed_lines(self.step + 1, drawn, config)
 
     def _drawn(self) -> "_Drawn":
         """The step's rollouts. With dynamic sampling, groups without a signal make room for further tasks.
@@ -660,6 +663,25 @@ def _rollout_lines(
             }
         )
     return lines
+
+
+def _failed_lines(step: int, drawn: _Drawn, config: TrainConfig) -> list[Record]:
+    """The records of rollouts that failed in the step's first groups: without credit."""
+    return [
+        {
+            "step": step,
+            "split": "train",
+            "group": rollout.group,
+            "task": {"id": task.id, "question": task.question, "answers": list(task.answers), "kind": task.kind},
+            "rollout": json.loads(rollout.to_json()),
+            "advantages": None,
+            "baselines": {},
+            "loss_mask": [False] * len(rollout.turns),
+        }
+        for group in drawn.played[: config.log_groups]
+        for task, rollout in group
+        if rollout.stop == "error"
+    ]
 
 
 def _by_token(row: Row, config: TrainConfig) -> Record:
