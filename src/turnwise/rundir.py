@@ -267,10 +267,15 @@ def save_checkpoint(
         record = {"format": FORMAT, "step": step, **state}
         (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _put_in_place(partial, folder)
-        up_to_this = [f for f in sorted(folder.parent.glob("step-*")) if f.name <= folder.name]
-        for old in up_to_this[:-KEPT_CHECKPOINTS]:
-            _remove(old)
+        _remove_old(folder)
     return folder
+
+
+def _remove_old(newest: Path) -> None:
+    """Removes all checkpoints but the newest few up to one."""
+    up_to_this = [f for f in sorted(newest.parent.glob("step-*")) if f.name <= newest.name]
+    for old in up_to_this[:-KEPT_CHECKPOINTS]:
+        _remove(old)
 
 
 def save_best(run: Path, policy: Policy) -> None:
@@ -304,6 +309,7 @@ def drop_after(run: Path, step: int) -> None:
     with writing(run):
         for folder in (f for f in folders if f.name > checkpoint_folder(run, step).name):
             _remove(folder)
+        _remove_old(checkpoint_folder(run, step))
         if (run / "best").is_dir():
             for left in (_outgoing(run / "best"), run / ".best.partial"):
                 shutil.rmtree(left, ignore_errors=True)

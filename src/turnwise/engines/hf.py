@@ -492,7 +492,7 @@ class HFEngine:
         rows = self._rows
         self._cache.wipe(self._tensor(broken))
         for row in broken.tolist():
-            request = rows.request[row]
+            request: Any = rows.request[row]
             rows.active[row], rows.request[row], rows.length[row] = False, None, 0
             if not request.future.done():
                 request.future.set_exception(not_finite_logits())
