@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 def main() -> int:
     """Prints the counts; 1 where a run did not survive."""
-    from conftest import bpe_backend
-    from faults import Forks, left, operations, survived
-    from small_runs import small_world
-    from test_survival import REWARDS, SHAPE, points
+    from conftest import bpe_backend  # pyright: ignore[reportMissingImports]
+    from faults import Forks, left, operations, survived  # pyright: ignore[reportMissingImports]
+    from small_runs import small_world  # pyright: ignore[reportMissingImports]
+    from test_survival import REWARDS, SHAPE, points  # pyright: ignore[reportMissingImports]
     from turnwise.chat import BPETokenizer, Chat
     from turnwise.policy import save_policy, tiny_policy
 

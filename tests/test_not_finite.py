@@ -17,6 +17,7 @@ from turnwise.engines.hf import HFEngine
 from turnwise.errors import NotFinite, RunError
 from turnwise.policy import load_policy, tiny_policy
 from turnwise.rundir import KEPT_BAD, checkpoint_folder, latest_checkpoint, read_lines
+from turnwise.traces import read_traces
 from turnwise.training import train
 
 REWARDS = """
@@ -69,9 +70,7 @@ def infinite(parts: Any) -> Any:
 def test_an_infinite_loss_skips_its_minibatch(checkpoint: Path, tmp_path: Path, monkeypatch, method: str):
     name = "policy_loss" if method == "mt-grpo" else "value_loss"
     monkeypatch.setattr(turnwise.learning, name, Broken(getattr(turnwise.learning, name), infinite, {3}))
-    with pytest.warns(
-        UserWarning, match=r"optimiser step of step 2 was skipped, as its .*loss is inf; its batch is in"
-    ):
+    with pytest.warns(UserWarning, match=r"step of step 2 was skipped, as its .*loss is inf; its batch is in"):
         train(**world(tmp_path, checkpoint), estimator=method, out=tmp_path / "run")
     assert [step["skipped_steps"] for step in steps_of(tmp_path / "run")] == [0, 1, 0]
     [bad] = (tmp_path / "run" / "bad").iterdir()
@@ -128,6 +127,7 @@ def test_a_reward_that_is_nan_fails_its_rollout_alone(checkpoint: Path, tmp_path
         assert line["rollout"]["error"].startswith("NotFinite: reward function outcome_varied must return finite")
         assert line["advantages"] is None
         assert line["rollout"]["outcome_rewards"] == {}
+    assert len(read_traces(run / "rollouts.jsonl")) == len(lines) - len(failed), "turnwise credit leaves them out"
     for step, group in {(line["step"], line["group"]) for line in lines}:
         credited = [x for x in lines if (x["step"], x["group"]) == (step, group) and x["advantages"] is not None]
         assert sum(x["advantages"][0] for x in credited) == pytest.approx(0, abs=1e-6), "a mean over those that count"

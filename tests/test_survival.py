@@ -86,6 +86,14 @@ def test_a_sample_of_faults_is_survived(forks: Forks, world, whole, tmp_path: Pa
             raise AssertionError(f"{fault} at {at}, {whole[1][at - 1]}: {error}") from error
 
 
+def test_records_that_could_not_be_written_come_once(forks: Forks, world, whole, tmp_path: Path):
+    [*_, at] = (n for n, name in enumerate(whole[1], start=1) if name == "write metrics.jsonl")
+    survived(forks, tmp_path / "run", world, whole[0], fault="eio", at=at)
+    code, told = forks.train(tmp_path / "run", world, resume=True)  # once more, from the same checkpoint
+    assert code == 0, told
+    assert left(tmp_path / "run") == whole[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_operation_survives_the_fault(forks: Forks, world, whole, tmp_path: Path, fault: str):
