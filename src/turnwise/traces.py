@@ -66,8 +66,8 @@ class Trace:
 def read_traces(path: Path) -> list[Trace]:
     """The rollouts of a file, in its order.
 
-    A run's rollouts that failed are left out. Raises InputError, with line and field, for a file that cannot be read, holds no rollout, or holds something else. A
-    last line that a killed run left half-written is skipped with a warning.
+    A run's rollouts that failed are left out, and a last line that a killed run left half-written with a warning.
+    Raises InputError, with line and field, for a file that cannot be read, holds no rollout, or holds something else.
     """
     traces = []
     for number, record in _whole_records(path):
