@@ -137,10 +137,12 @@ def test_a_conversation_whose_logits_are_nan_fails_alone_and_leaves_nothing(bpe_
     policy = tiny_policy(bpe_chat, seed=0, hidden=16, layers=2)
     expected = asyncio.run(completions(policy, [[5, 6, 7], [5, 6, 8, 9]]))
     with torch.no_grad():
-        policy.model.get_input_embeddings().weight[300] = float("nan")
+        embedding: Any = policy.model.get_input_embeddings()
+        embedding.weight[300] = float("nan")
         policy.model.set_output_embeddings(torch.nn.Linear(16, policy.chat.tokenizer.vocab_size, bias=False))
         clean = tiny_policy(bpe_chat, seed=0, hidden=16, layers=2)
-        policy.model.get_output_embeddings().weight.copy_(clean.model.get_input_embeddings().weight)
+        head: Any = policy.model.get_output_embeddings()
+        head.weight.copy_(clean.model.get_input_embeddings().weight)
     found = asyncio.run(completions(policy, [[5, 6, 7], [5, 300, 7, 9, 9], [5, 6, 8, 9]], max_rows=2))
     assert isinstance(found[1], NotFinite)
     assert [found[0], found[2]] == expected
