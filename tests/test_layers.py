@@ -55,6 +55,7 @@ LAYERS = [
     "loss",
     "logits",
     "sources",
+    "checksums",
     "policy",
     "llama2c",
     "cores",

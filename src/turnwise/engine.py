@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from turnwise.errors import ConfigError, InputError
+from turnwise.errors import ConfigError, InputError, NotFinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +123,16 @@ def check_prompt(prompt_ids: Sequence[int], *, vocab: int, max_context: int) -> 
 
 
 def check_finite(logprobs: Iterable[float]) -> None:
-    """InputError for log-probabilities that no sound model gives."""
+    """NotFinite for log-probabilities that no sound model gives."""
     if not all(map(math.isfinite, logprobs)):
-        raise InputError(
-            "the model must give finite logits; got a log-probability that is not; check the weights (a diverged run?)"
-        )
+        raise not_finite_logits()
+
+
+def not_finite_logits() -> NotFinite:
+    """The error of a completion whose logits are NaN or infinite."""
+    return NotFinite(
+        "the model must give finite logits; got a log-probability that is not; check the weights (a diverged run?)"
+    )
 
 
 def fail_all(waiting: Iterable[asyncio.Future[Completion]], error: BaseException) -> None:

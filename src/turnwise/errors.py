@@ -2,7 +2,8 @@
 
     TurnwiseError
     ├── InputError       a file, record or value that the user gave (also a ValueError)
-    │   └── ConfigError  an option out of range or unknown
+    │   ├── ConfigError  an option out of range or unknown
+    │   └── NotFinite    a number of one rollout, NaN or infinite: that rollout failed
     ├── RunError         a run directory, checkpoint or index that cannot be used (also an OSError)
     └── ToolError        raised by a tool's author: its text goes back to the agent
 
@@ -24,6 +25,10 @@ class InputError(TurnwiseError, ValueError):
 
 class ConfigError(InputError):
     """An option is unknown or out of range."""
+
+
+class NotFinite(InputError):
+    """A logit or a reward of one rollout is NaN or infinite; the rollout failed, and others are not concerned."""
 
 
 class RunError(TurnwiseError, OSError):

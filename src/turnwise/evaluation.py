@@ -48,7 +48,7 @@ from turnwise.rewards import (
     xml_format,
 )
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
-from turnwise.rundir import latest_checkpoint, read_config, write_atomically
+from turnwise.rundir import chosen_checkpoint, read_config, write_atomically
 from turnwise.setting import (
     Setting,
     environment_source,
@@ -531,10 +531,9 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
             f"{str(run)!r} is none; check the path"
         )
     if is_run(folder):
-        best = checkpoint == "best" and (folder / "best").is_dir()
-        source = folder / "best" if best else latest_checkpoint(folder)[0]
+        source = chosen_checkpoint(folder, best=checkpoint == "best")
         config = read_config(folder)
-        return place(load_policy(source), config), config
+        return place(load_policy(source, verified=True), config), config
     if _is_begun(folder):
         raise RunError(
             f"{run} must be a run with metrics; it has a configuration but no metrics.jsonl, as its training stopped "

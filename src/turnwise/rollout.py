@@ -16,7 +16,7 @@ import numpy as np
 from turnwise.chat import Chat
 from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
 from turnwise.env import Environment, Step, closed, forked, seeded, started, state_of, stepped
-from turnwise.errors import ConfigError, InputError, described
+from turnwise.errors import ConfigError, InputError, NotFinite, described
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
 T = TypeVar("T")
@@ -120,7 +120,12 @@ class _Player:
             max_tokens=self.limits.max_turn_tokens,
             seed=rollout_seed(line.seed, len(line.turns)),
         )
-        await self.take(line, await self.engine.generate(line.ids(), sampling, session=line.session))
+        try:
+            completion = await self.engine.generate(line.ids(), sampling, session=line.session)
+        except NotFinite as failure:
+            line.stop, line.error = "error", described(failure)
+            return
+        await self.take(line, completion)
 
     async def take(self, line: _Line, completion: Completion) -> None:
         """Takes a turn and lets the line's environment answer it."""
@@ -174,9 +179,9 @@ async def run_rollout(
 ) -> Rollout:
     """One task played to its end.
 
-    A failure of the environment is recorded in the rollout (stop `error`, without turns where it could not start); a
-    failure of the engine is raised. Every granted turn has room for `max_turn_tokens`: a reply that would take it is
-    cut. Raises InputError where the prompt leaves no room for one turn.
+    A failure of the environment is recorded in the rollout (stop `error`, without turns where it could not start), and
+    so are logits that are not finite; other failures of the engine are raised. Every granted turn has room for
+    `max_turn_tokens`: a reply that would take it is cut. Raises InputError where the prompt leaves no room for a turn.
     """
     player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
     line = await player.line(environment, seed)
