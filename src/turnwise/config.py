@@ -208,6 +208,8 @@ class TrainConfig:
     """Questions in a validation, answered greedily."""
     checkpoint_every: int = 20
     """Steps between checkpoints that `--resume` can continue from."""
+    max_failed_share: float = 0.5
+    """Stop where more than this share of the last five steps' rollouts failed by tools, environment or judge."""
     log_groups: int = 2
     """Groups of rollouts that every step writes to rollouts.jsonl."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
@@ -540,6 +542,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("validate_every", 1, _INF),
     ("validation_size", 1, _INF),
     ("checkpoint_every", 1, _INF),
+    ("max_failed_share", 0, 1),
     ("log_groups", 0, _INF),
     ("threads", 0, 4096),
 )
