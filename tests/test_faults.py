@@ -59,6 +59,12 @@ def test_a_search_server_that_fails_ends_the_rollout_and_the_next_one_works(faul
     assert (rollout.stop, rollout.turns[0].results[0].text) == ("answer", "Kenya\nThe capital is Nairobi.")
 
 
+def test_an_answer_without_end_is_read_up_to_four_megabytes():
+    with faults.faulty(faults.flood) as url:
+        [rollout] = played(remote_search_tool(url, timeout_s=30), '{"query": "Kenya"}')
+    assert "the answer is larger than 4000000 bytes" in str(rollout.error)
+
+
 @pytest.mark.parametrize("fault", faults.FAULTS[:-1], ids=lambda f: f.__name__)
 def test_a_judges_endpoint_that_fails_gives_no_reply_in_time(fault):
     with faults.faulty(fault) as url:
@@ -316,6 +322,7 @@ def test_a_share_of_failures_over_the_limit_stops_the_run_with_a_checkpoint_to_g
 PEAK = """
 import asyncio, resource, sys
 from turnwise.tools import call_tool, tool
+from turnwise.errors import ToolError
 from turnwise.types import ToolCall
 SIZE = 300_000_000
 def text() -> str:
@@ -327,6 +334,9 @@ def listed() -> list:
 def failing() -> str:
     "x"
     raise ValueError("x" * SIZE)
+def refusing() -> str:
+    "x"
+    raise ToolError("x" * SIZE)
 def plain() -> bytes:
     "x"
     return b"x" * SIZE
@@ -339,7 +349,9 @@ print((peak() - before) / SIZE)
 """
 
 
-@pytest.mark.parametrize(("name", "most"), [("text", 1.2), ("failing", 1.2), ("plain", 1.2), ("listed", 0.8)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("text", 1.2), ("failing", 1.2), ("refusing", 1.2), ("plain", 1.2), ("listed", 0.8)]
+)
 def test_what_a_tool_returns_is_cut_before_it_is_copied(name: str, most: float):
     done = subprocess.run([sys.executable, "-c", PEAK, name], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

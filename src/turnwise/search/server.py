@@ -210,7 +210,7 @@ class _Incoming(io.RawIOBase):
 class _Handler(BaseHTTPRequestHandler):
     """Reads a request, answers with JSON."""
 
-    server: SearchServer
+    server: SearchServer  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
     server_version = "turnwise"
 
