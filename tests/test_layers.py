@@ -22,6 +22,7 @@ LAYERS = [
     "tasks",
     "convert",
     "background",
+    "web",
     "tools",
     "tool_objects",
     "tool_files",

@@ -138,7 +138,7 @@ class _Player:
             try:
                 step = await stepped(line.environment, text)
                 rewards, line.state = finite_rewards(step.rewards), state_of(line.environment)
-                line.stop = step.stop
+                line.stop, line.error = step.stop, step.error
                 line.success = line.success if step.success is None else step.success
             except Exception as failure:
                 line.stop, line.error = "error", described(failure)

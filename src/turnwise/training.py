@@ -7,6 +7,7 @@ import json
 import signal
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,19 @@ def planned_memory(config: TrainConfig) -> MemoryEstimate:
     return found or memory_estimate(policy.model, setting.config, lengths)
 
 
-RESUMABLE = ("out", "steps", "token_budget", "threads", "device", "tracker", "checkpoint_every", "skip_limit")
+FAILING_STEPS = 5
+"""Over how many steps the share of failed rollouts is taken."""
+RESUMABLE = (
+    "out",
+    "steps",
+    "token_budget",
+    "threads",
+    "device",
+    "tracker",
+    "checkpoint_every",
+    "skip_limit",
+    "max_failed_share",
+)
 """The options that may change where a run goes on."""
 
 
@@ -242,6 +255,8 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
         self.sampled_tokens = 0
+        self.failures: dict[str, int] = {}
+        """Of the last step's rollouts, how many failed with which class of error."""
         self.drawn_tasks = 0
         self.skipped_in_a_row = 0
         """Optimiser steps, up to the last one."""
@@ -412,8 +427,8 @@ class _Run:
         rollouts = [rollout for group in drawn.played for _, rollout in group]
         rolled = time.perf_counter()
         kept = [r for group in drawn.kept for r in group]
-        if not kept:
-            raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
+        failures = _failures(rollouts)
+        self._check_failures(rollouts, failures)
         kept = learned_from(kept, config, self.step)
         threads = config.threads or torch.get_num_threads()
         at_once = 1 if config.gradient_checkpointing else parts_at_once(self.policy.model, threads)
@@ -454,8 +469,23 @@ class _Run:
             "rollout_s": rolled - start,
             "update_s": ended - rolled,
         }
+        self.failures = failures
         lines = _rollout_lines(self.step + 1, by_id, kept, credited, config)
         return metrics, lines + _failed_lines(self.step + 1, drawn, config)
+
+    def _check_failures(self, rollouts: Sequence[Rollout], failures: Mapping[str, int]) -> None:
+        """RunError where nothing is left to learn from, or where more rollouts fail than the run may lose."""
+        recent = [_left_out(metrics) for metrics in self.history[1 - FAILING_STEPS :]]
+        recent.append(sum(failures.values()) / len(rollouts))
+        share, most = sum(recent) / len(recent), self.config.max_failed_share
+        if recent[-1] < 1 and share <= most:
+            return
+        what, number = next(iter(failures.items()))
+        raise RunError(
+            f"rollouts must not fail more often than max-failed-share, {most:.0%}; of the last {len(recent)} steps' "
+            f"{share:.0%} did, of step {self.step}'s {recent[-1]:.0%}, most often with {what} ({number}): "
+            f"{_first_failure(rollouts, what)}; mend it, then go on with --resume"
+        )
 
     def _drawn(self) -> "_Drawn":
         """The step's rollouts. With dynamic sampling, groups without a signal make room for further tasks.
@@ -534,6 +564,7 @@ class _Run:
                 weights=self.config.weights,
             )
             record |= {"warnings": said} if said else {}
+            record |= {"failures": self.failures} if self.failures else {}
         self._write({"rollouts.jsonl": rollout_lines, "metrics.jsonl": [record]})
         if display:
             display.show(record)
@@ -582,6 +613,31 @@ def _environment_calls(played: Sequence[Sequence[tuple[Task, Rollout]]], config:
 def _is_usable(rollout: Rollout) -> bool:
     """Whether neither the environment nor the judge failed."""
     return rollout.stop != "error" and is_judged(rollout)
+
+
+def _failures(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """How many rollouts failed with which class of error, the commonest first."""
+    return dict(Counter(_failure(r)[0] for r in rollouts if not _is_usable(r)).most_common())
+
+
+def _failure(rollout: Rollout) -> tuple[str, str]:
+    """The class of what made a rollout unusable, and what was said of it."""
+    if rollout.stop != "error":
+        return "Judge", str(rollout.judgement and rollout.judgement.error)
+    kind, _, text = (rollout.error or "").partition(": ")
+    return kind, text
+
+
+def _first_failure(rollouts: Sequence[Rollout], kind: str) -> str:
+    found = (_failure(r) for r in rollouts if not _is_usable(r))
+    return next(text for name, text in found if name == kind)[:300]
+
+
+def _left_out(metrics: Mapping[str, float]) -> float:
+    """The share of a step's rollouts that failed, or that the judge did not score."""
+    failed, absent = metrics.get("failed_rollouts", 0.0), metrics.get("judge/absent", 0.0)
+    asked = absent + metrics.get("judge/judged", 0.0)
+    return failed + ((1 - failed) * absent / asked if asked else 0.0)
 
 
 def ordered_tasks(tasks: Sequence[Task], seed: int, first: int, count: int) -> list[Task]:
