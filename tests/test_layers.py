@@ -82,6 +82,7 @@ LAYERS = [
     "report",
     "inspection",
     "display",
+    "hostile",
     "serving",
     "adapters",
     "commands",
