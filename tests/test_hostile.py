@@ -1,11 +1,15 @@
 """A seeded share of the hostile texts; the whole of it is `python -m turnwise.hostile`."""
 
+import io
 import random
 
 import pytest
+from rich.console import Console
 
 from turnwise import hostile
 from turnwise.chat import BPETokenizer, load_chat
+from turnwise.designs import Progress
+from turnwise.display import comparison_table
 from turnwise.hostile import EMBEDDED, failures, hostile_text, main, stages
 
 STAGES = stages(load_chat(EMBEDDED))
@@ -52,3 +56,11 @@ def test_halves_of_a_character_are_read_back_as_the_character():
     turn = hostile.Turn(action_ids=(1,), sampling_logprobs=(0.0,), text="\ud83d\udc00", action=hostile.Action())
     rollout = hostile.Rollout(task_id="a", group=0, prompt_ids=(1,), turns=(turn,), stop="no_action")
     assert hostile.rollout_from_json(rollout.to_json()).turns[0].text == "\U0001f400"
+
+
+def test_the_name_of_an_arm_is_no_markup_in_a_comparison():
+    run = Progress(arm="[red]a\x1b[2J", seed=0, state="waiting", step=0, share=0.0, wall_s=0.0, metrics={})
+    out = io.StringIO()
+    Console(file=out, width=110).print(comparison_table("a\x1b[2J", [run]))
+    assert "[red]a␛[2J" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
