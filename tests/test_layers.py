@@ -84,6 +84,7 @@ LAYERS = [
     "report",
     "inspection",
     "display",
+    "hostile",
     "serving",
     "adapters",
     "commands",
