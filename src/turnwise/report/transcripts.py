@@ -100,7 +100,7 @@ def section(shown: Sequence[Group]) -> str:
     body = "".join(_group(g, g is first, scale) for g in shown)
     return (
         '<form class="pickers" hidden><label>Run <select id="pick-run"></select></label>'
-        '<label>Training step <b id="step-now"></b><input type="range" id="pick-step" min="0" step="1"></label>'
+        '<label><span>Training step <b id="step-now"></b></span><input type="range" id="pick-step" min="0" step="1"></label>'
         '<label class="wide">Question <select id="pick-task"></select></label></form>'
         f"{_filters(shown)}"
         f"{_legend(scale)}{body}"
@@ -226,7 +226,7 @@ def _tally(group: Group) -> str:
     text += f". Mean turn reward {number(own)}, mean outcome {number(outcome)}."
     if n > MAX_GROUP:
         text += f" The {MAX_GROUP} with the highest return are shown."
-    return text + " Highest return first."
+    return text
 
 
 def _ran_tool(line: RolloutLine) -> bool:
@@ -237,7 +237,8 @@ def _is_right(line: RolloutLine) -> bool | None:
     """Whether the answer is exactly right, or the environment says so; None where neither a reward nor it does."""
     if line.rollout.success is not None:
         return line.rollout.success
-    value = line.rollout.outcome_rewards.get("exact_match")
+    rewards = line.rollout.outcome_rewards
+    value = rewards.get("exact_match", rewards.get("correct"))
     return None if value is None else value > 0
 
 
