@@ -100,10 +100,10 @@ def section(shown: Sequence[Group]) -> str:
     body = "".join(_group(g, g is first, scale) for g in shown)
     return (
         '<form class="pickers" hidden><label>Run <select id="pick-run"></select></label>'
-        '<label><span>Training step <b id="step-now"></b></span><input type="range" id="pick-step" min="0" step="1"></label>'
+        '<label><span>Training step <b id="step-now"></b></span>'
+        '<input type="range" id="pick-step" min="0" step="1"></label>'
         '<label class="wide">Question <select id="pick-task"></select></label></form>'
-        f"{_filters(shown)}"
-        f"{_legend(scale)}{body}"
+        f"{_filters(shown)}{_legend(scale)}{body}"
     )
 
 
