@@ -221,7 +221,9 @@ class ScriptedEngine:
             self._calls[session] = self._calls.get(session, 0) + 1
             return self._replies(self._codec.decode(prompt_ids))
         if session not in self._scripts:
-            self._scripts[session] = _script(self._replies, self._codec.decode(prompt_ids))
+            replies = self._replies
+            named = isinstance(replies, Mapping)
+            self._scripts[session] = _script(replies, self._codec.decode(prompt_ids)) if named else replies
         script, call = self._scripts[session], self._calls.get(session, 0)
         if call >= len(script):
             raise InputError(
@@ -232,10 +234,8 @@ class ScriptedEngine:
         return script[call]
 
 
-def _script(replies: Sequence[str] | Mapping[str, Sequence[str]], prompt: str) -> Sequence[str]:
+def _script(replies: Mapping[str, Sequence[str]], prompt: str) -> Sequence[str]:
     """The replies for a conversation that begins with `prompt`."""
-    if not isinstance(replies, Mapping):
-        return replies
     found = [question for question in replies if question in prompt]
     if not found:
         raise InputError(

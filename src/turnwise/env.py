@@ -193,11 +193,11 @@ class ToolEnvironment:
         self._session = ToolSession(tools, task)
         self._turns_left = max_turns
         self._failures = failures
-        self._chance = random.Random(0)
+        self._chance = random.Random(0) if failures else None
 
     def use_seed(self, seed: int) -> None:
         """What fails by chance is drawn from this seed."""
-        self._chance = random.Random(seed)
+        self._chance = random.Random(seed) if self._failures else None
 
     def start(self) -> tuple[Message, ...]:
         """The rules as system message, the question as user message."""
@@ -222,9 +222,10 @@ class ToolEnvironment:
 
     def _received(self, results: tuple[ToolResult, ...]) -> tuple[ToolResult, ...]:
         """The results without those that are lost."""
-        if not self._failures:
+        chance = self._chance
+        if chance is None:
             return results
-        return tuple(LOST if self._chance.random() < self._failures else result for result in results)
+        return tuple(LOST if chance.random() < self._failures else result for result in results)
 
     def fork(self) -> "ToolEnvironment":
         """A copy with its own state, and copies of the objects of its tools; what a function remembers, all see."""

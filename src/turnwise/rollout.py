@@ -63,14 +63,20 @@ class _Line:
     """The environment's name of the state that it is in."""
     states: list[str | None] = dataclasses.field(default_factory=list)
     """Its names of the states before the turns."""
+    ids: list[int] = dataclasses.field(init=False)
+    """The whole conversation."""
 
-    def ids(self) -> list[int]:
-        """The whole conversation."""
-        ids = list(self.prompt)
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
         for turn in self.turns:
-            ids += turn.action_ids
-            ids += turn.reply_ids
-        return ids
+            self.ids += turn.action_ids
+            self.ids += turn.reply_ids
+
+    def add(self, turn: Turn) -> None:
+        """Appends a turn."""
+        self.turns.append(turn)
+        self.ids += turn.action_ids
+        self.ids += turn.reply_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +127,7 @@ class _Player:
             seed=rollout_seed(line.seed, len(line.turns)),
         )
         try:
-            completion = await self.engine.generate(line.ids(), sampling, session=line.session)
+            completion = await self.engine.generate(tuple(line.ids), sampling, session=line.session)
         except NotFinite as failure:
             line.stop, line.error = "error", described(failure)
             return
@@ -143,12 +149,12 @@ class _Player:
             except Exception as failure:
                 line.stop, line.error = "error", described(failure)
         if line.stop is None:
-            used = len(line.ids()) + len(completion.token_ids)
+            used = len(line.ids) + len(completion.token_ids)
             room = reply_room(self.chat, self.limits, used, len(line.turns) + 1)
             reply = self.chat.reply_ids(step.reply, max_ids=room)
             if len(reply) > room:
                 line.stop, reply = "max_tokens", []
-        line.turns.append(_turn(completion, text, step, reply, rewards))
+        line.add(_turn(completion, text, step, reply, rewards))
 
     def rollout(self, line: _Line) -> Rollout:
         """The record of a line that has ended."""
