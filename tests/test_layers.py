@@ -63,6 +63,7 @@ LAYERS = [
     "critic",
     "config",
     "compute",
+    "trust",
     "rundir",
     "setting",
     "evaluation",

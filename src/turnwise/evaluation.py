@@ -532,7 +532,7 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
         )
     if is_run(folder):
         source = chosen_checkpoint(folder, best=checkpoint == "best")
-        config = read_config(folder)
+        config = read_config(folder, plays=True)
         return place(load_policy(source, verified=True), config), config
     if _is_begun(folder):
         raise RunError(
@@ -540,7 +540,7 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
             f"before the first validation, or the file is lost; train it: turnwise train --resume --out {run}"
         )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
-    config = read_config(above[0]) if above else TrainConfig(policy=str(folder))
+    config = read_config(above[0], plays=True) if above else TrainConfig(policy=str(folder))
     return place(load_policy(folder), config), config
 
 
@@ -562,7 +562,7 @@ def run_config(source: str | Path) -> TrainConfig:
             f"a run must be a run directory, a file of options or {' or '.join(EMBEDDED)}; got {str(source)!r}; check "
             "the path"
         )
-    return read_config(path)
+    return read_config(path, plays=True)
 
 
 def is_run(folder: Path) -> bool:

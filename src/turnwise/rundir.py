@@ -39,6 +39,7 @@ from turnwise.config import TrainConfig, config_from_dict, config_to_dict
 from turnwise.critic import Critic
 from turnwise.errors import RunError
 from turnwise.policy import Policy, save_policy
+from turnwise.trust import check_own, seal_of
 
 FORMAT = 1
 STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
@@ -110,13 +111,21 @@ def _took_no_step(path: Path) -> bool:
 
 
 def write_config(path: Path, config: TrainConfig) -> None:
-    """Writes config.json."""
-    record = {"format": FORMAT, "turnwise": turnwise.__version__, "config": config_to_dict(config)}
+    """Writes config.json, sealed as this user's."""
+    options = config_to_dict(config)
+    record = {"format": FORMAT, "turnwise": turnwise.__version__, "config": options, "seal": seal_of(_sealed(options))}
     write_atomically(path / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def read_config(path: Path) -> TrainConfig:
-    """The configuration of a run."""
+def _sealed(options: Mapping[str, Any]) -> str:
+    return json.dumps(options, sort_keys=True)
+
+
+def read_config(path: Path, *, plays: bool = False) -> TrainConfig:
+    """The configuration of a run.
+
+    Who `plays` it executes the code that it names: RunError where a stranger may have made it.
+    """
     file = path / "config.json"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -129,7 +138,10 @@ def read_config(path: Path) -> TrainConfig:
             f"{file} must have format {FORMAT}; got {record.get('format')!r}; use the version of turnwise that "
             f"wrote it ({record.get('turnwise', 'unknown')})"
         )
-    return config_from_dict(record["config"], str(file))
+    config = config_from_dict(record["config"], str(file))
+    if plays:
+        check_own(path, _sealed(record["config"]), record.get("seal"), config)
+    return config
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

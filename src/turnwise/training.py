@@ -182,7 +182,7 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     another limit of skipped steps; its other options hold.
     Raises ConfigError for one that differs.
     """
-    saved = read_config(config.out)
+    saved = read_config(config.out, plays=True)
     defaults = TrainConfig()
     fields = [field.name for field in dataclasses.fields(config)]
     asked = {n: getattr(config, n) for n in fields if n in given or getattr(config, n) != getattr(defaults, n)}
