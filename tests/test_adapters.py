@@ -86,18 +86,20 @@ def _unpaid(rollout: Rollout, *, at_end: bool) -> Rollout:
     return dataclasses.replace(rollout, outcome_rewards={}, turn_rewards=turns)
 
 
-def test_groups_that_are_split_over_processes_are_one_group_again():
+@pytest.mark.parametrize("estimator", WITHOUT_CRITIC)
+def test_groups_that_are_split_over_processes_are_one_group_again(estimator: str):
     rollouts = shuffled(awkward_rollouts())
     halves = [rollouts[: len(rollouts) // 2], rollouts[len(rollouts) // 2 :]]
     rows = []
     for half in halves:
         batch = padded_rollouts(half, padding_rows=1)
         ids = batch_turn_ids(batch.action)
-        rows += credit_rows(ids, batch.groups, batch.turn_rewards, batch.outcome_rewards)
-    found = [own for own in row_credit(rows, "mt-grpo").tokens if len(own)]
-    assert_alike(found, native_advantages(rollouts, "mt-grpo"))
-    alone = [row_credit([row for row in rows[: len(halves[0])]], "mt-grpo").tokens]
-    assert not np.allclose(np.concatenate(alone[0]), np.concatenate(found)[: len(np.concatenate(alone[0]))])
+        anchors = observation_anchors(ids, batch.ids, batch.present, batch.prompts)
+        rows += credit_rows(ids, batch.groups, batch.turn_rewards, batch.outcome_rewards, anchors=anchors)
+    found = [own for own in row_credit(rows, estimator).tokens if len(own)]
+    assert_alike(found, native_advantages(rollouts, estimator))
+    alone = np.concatenate(row_credit(rows[: len(halves[0])], estimator).tokens)
+    assert not np.allclose(alone, np.concatenate(found)[: len(alone)])
 
 
 def test_two_turns_of_one_rollout_differ():
