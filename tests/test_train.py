@@ -520,7 +520,7 @@ def test_a_resumed_run_keeps_its_options_and_says_which_may_change(whole: Path):
 def test_a_run_that_took_no_step_is_not_in_the_way(world: dict, tmp_path: Path):
     rewards, run = tmp_path / "rewards.py", tmp_path / "run"
     rewards.write_text("def outcome_nothing(task, rollout):\n    return float('nan')\n")
-    with pytest.raises(RunError, match=r"all of step 0 did: NotFinite: .*must return finite numbers; got nan"):
+    with pytest.raises(RunError, match=r"step 0's 100%.*NotFinite \(6\): .*must return finite numbers; got nan"):
         train(**{**world, "rewards": rewards}, out=run)
     assert (run / "config.json").is_file()
     assert train(**{**world, "steps": 1}, out=run).steps == 1

@@ -38,9 +38,14 @@ class Source:
     """Whether its environments can be copied between two steps."""
 
     def environment(self, task: Task, max_turns: int) -> Environment:
-        """A fresh environment that is left after `max_turns` turns; one that cannot be made fails as it starts."""
+        """A fresh environment that is left after `max_turns` turns; one that cannot be made fails as it starts.
+
+        Raises ConfigError where the options of its source are wrong, whatever the task.
+        """
         try:
             made = self.make(task)
+        except ConfigError:
+            raise  # no task would do better
         except (Exception, SystemExit) as error:
             made = _Unmade(error)
         return TurnLimit(made, max_turns)
