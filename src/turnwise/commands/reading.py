@@ -237,7 +237,7 @@ def doctor(trainer: str, /) -> int:
     """Check that a trainer's adapter works here, and say what to run where it does not.
 
     Args:
-        trainer: "trl" or "verl".
+        trainer: "trl", "verl" or "skyrl".
     """
     from turnwise.adapters.doctor import examine, failed
 
