@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     from transformers import AutoTokenizer
 
     from turnwise.adapters.skyrl_checks import CHECKS, bare_trainer
-    from turnwise.adapters.skyrl_main import OVERRIDE, TurnExp, TurnPPOTrainer, configured
+    from turnwise.adapters.skyrl_trainer import OVERRIDE, TurnExp, TurnPPOTrainer, configured
 
 from adapter_rollouts import awkward_rollouts, critic_values, native_advantages, of_two_numbers, shuffled
 from test_adapters_skyrl import assert_alike, generated, sampled
@@ -259,7 +259,7 @@ def test_the_registry_has_all_and_skyrls_validation_takes_them():
 def test_options_and_the_override_come_from_the_command_line():
     cfg = configured(
         [
-            OVERRIDE + "turnwise.adapters.skyrl_main",
+            OVERRIDE + "turnwise.adapters.skyrl_trainer",
             "trainer.algorithm.advantage_estimator=turnwise/mt-grpo",
             "trainer.algorithm.turnwise.alpha=0.5",
         ]
@@ -267,6 +267,18 @@ def test_options_and_the_override_come_from_the_command_line():
     assert dict(cfg.trainer.algorithm.turnwise) == {"alpha": 0.5}
     with pytest.raises(ConfigError, match="got 'beta'"):
         configured(["trainer.algorithm.advantage_estimator=turnwise/mt-grpo", "trainer.algorithm.turnwise.beta=1"])
+
+
+def test_what_goes_to_rays_workers_comes_back_the_same():
+    """The configuration and an estimator, pickled as Ray and SkyRL's registry do."""
+    from ray import cloudpickle
+
+    cfg = configured(["trainer.algorithm.advantage_estimator=turnwise/mt-grpo", "trainer.algorithm.turnwise.alpha=0.5"])
+    again = cloudpickle.loads(cloudpickle.dumps(cfg))
+    assert again.trainer.algorithm.turnwise == {"alpha": 0.5}
+    assert again.trainer.algorithm.advantage_estimator == "turnwise/mt-grpo"
+    function = ppo_utils.AdvantageEstimatorRegistry.get("turnwise/mt-grpo")
+    assert cloudpickle.loads(cloudpickle.dumps(function)).args == ("mt-grpo",)
 
 
 def test_the_experiment_makes_our_trainer(monkeypatch: pytest.MonkeyPatch):

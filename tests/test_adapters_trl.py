@@ -211,9 +211,10 @@ def test_a_group_that_spans_two_processes_is_one_group(checkpoint: Path, tmp_pat
     # 3 groups of 4 on 2 processes: the second one is split
     run_processes(str(HERE / "trl_ranks.py"), str(checkpoint), str(tmp_path))
     step = awkward_rollouts(3, GROUP, singleton=False, seed=5)
-    parts = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert set(ranks[0]) == set(WITHOUT_CRITIC)
     for estimator in WITHOUT_CRITIC:
-        found = [row for part in parts for row in part[estimator]]
+        found = [row for rank in ranks for row in rank[estimator]]
         for own, other in zip(found, native_advantages(step, estimator), strict=True):
             np.testing.assert_allclose(own, other, rtol=1e-6, atol=1e-6, err_msg=estimator)
 

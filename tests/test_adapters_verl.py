@@ -69,7 +69,7 @@ def test_dense_rewards_get_the_native_advantages(estimator: str, layout: dict[st
 
 @pytest.mark.parametrize("estimator", ALONE)
 def test_a_group_whose_rows_come_from_several_workers_is_one_group(estimator: str):
-    """verl credits on the driver, over the whole batch: workers of agent loops deal rows, training ranks split after."""
+    """verl credits on the driver, over the whole batch: workers of agent loops deal rows, ranks split later."""
     rollouts = [r for part in dealt([of_two_numbers(r) for r in awkward_rollouts()], 3) for r in part]
     assert_alike(through_estimate(rollouts, estimator), native_advantages(rollouts, estimator))
 

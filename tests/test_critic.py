@@ -190,13 +190,17 @@ def test_a_clipped_value_stands_still_and_is_counted(policy: Policy):
     assert found["value_loss"] == pytest.approx((-0.5 - 3) ** 2 / 2)
 
 
-def test_a_value_gradient_that_is_not_finite_stops_the_run(policy: Policy):
+def test_a_value_gradient_that_is_not_finite_is_no_step_of_policy_or_critic(policy: Policy):
     critic = make_critic(policy, "own")
     rows = valued_rows(policy, critic, [float("inf")])
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
     config = TrainConfig(estimator="mt-ppo", critic_warmup_steps=1)
-    with pytest.raises(RunError, match="lower --critic-learning-rate"):
-        update(policy, optimizer, rows, config, 0, critic=critic)
+    before = [weight.clone() for weight in critic.parameters]
+    told = []
+    found = update(policy, optimizer, rows, config, 0, critic=critic, skipped=told.append)
+    assert found["skipped_steps"] == len(told) == config.passes  # one group makes one minibatch
+    assert all(skipped is not None for skipped in told)
+    assert all(torch.equal(old, new) for old, new in zip(before, critic.parameters, strict=True))
 
 
 # ------------------------------------------------------------------------- values and the table

@@ -1,5 +1,6 @@
 """Comparisons out of one file: what the file may say, what its runs say about each other, and a whole one."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -10,13 +11,14 @@ from numpy.testing import assert_allclose
 from rich.console import Console
 
 from turnwise import designs
-from turnwise.compare import check_arms
+from turnwise.compare import check_arms, run_configs
 from turnwise.config import BRANCHING, TRAINABLE, TrainConfig
 from turnwise.credit import NEEDS
 from turnwise.display import comparison_table
 from turnwise.errors import ConfigError, InputError
 from turnwise.report.data import load_run
 from turnwise.report.tables import estimator_order
+from turnwise.rundir import write_config
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CHECKED: set[tuple] = set()
@@ -264,6 +266,23 @@ estimator = "mt-grpo"
 outcome-noise = 0.5
 tool-failures = 0.25
 """
+
+
+def test_a_run_that_another_comparison_has_finished_is_linked_and_not_made_again(tmp_path: Path):
+    runs = tmp_path / "runs"
+    done = runs / "other" / "clean-1"
+    done.mkdir(parents=True)
+    asked = TrainConfig(estimator="mt-grpo", steps=7, seed=1)
+    write_config(done, dataclasses.replace(asked, out=done, threads=1))
+    (done / "record.json").write_text(json.dumps({"eval_size": 3, "arm": "clean", "seed": 1}))
+    arms = {"same": asked, "longer": dataclasses.replace(asked, steps=8)}
+    for eval_size, linked in ((4, False), (3, True)):
+        jobs = run_configs(arms, 2, runs / "toy")
+        (runs / "toy").mkdir(exist_ok=True)
+        designs.adopt(jobs, runs, eval_size)
+        assert {path.name for path in (runs / "toy").iterdir()} == ({"same-1"} if linked else set())
+    assert (runs / "toy" / "same-1").resolve() == done.resolve()
+    designs.adopt(jobs, runs, 3)  # what is there stays
 
 
 @pytest.mark.slow

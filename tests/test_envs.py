@@ -456,7 +456,7 @@ def test_an_environment_that_cannot_be_made_or_started_ends_in_one_line(
     path.write_text(tasks + "def make(task): raise KeyError('board')")
     options = ["--environment", str(path), "--out", str(tmp_path / "run")]
     assert main(["train", *options]) == 2
-    assert "must be made for every task; got KeyError: 'board'" in capsys.readouterr().err
+    assert "must start; got KeyError: 'board'" in capsys.readouterr().err
     path.write_text(
         tasks
         + "class E:\n def start(self): raise OSError('no board')\n def step(self): ...\ndef make(task): return E()"

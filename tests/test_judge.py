@@ -707,7 +707,8 @@ def test_an_unreachable_judge_is_one_line_before_training_starts(serve, options,
     assert not (tmp_path / "run").exists()
 
 
-def test_eval_of_a_run_whose_judge_is_down_says_how_to_do_without(serve, options, tmp_path, capsys):
+def test_eval_of_a_run_whose_judge_is_down_says_how_to_do_without(serve, options, monkeypatch, capsys):
+    monkeypatch.setenv("TURNWISE_TRUST", "1")  # it is edited, and has tools of its own
     judge = serve(scripted)
     result = train(**{**options, "steps": 1}, judge_url=judge.url)
     config = json.loads((result.out / "config.json").read_text())

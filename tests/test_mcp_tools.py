@@ -124,7 +124,7 @@ def test_a_process_that_crashes_fails_its_call_and_is_started_again():
     before = called(own, "count").text.split()[1]
     crashed = called(own, "crash")
     assert (crashed.error, crashed.text) == (
-        "exception",
+        "unavailable",
         "Error: ConnectionError: the MCP server 'own' ended during the call",
     )
     count, after = called(own, "count").text.split()

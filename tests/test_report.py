@@ -83,12 +83,12 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert all(len(x.advantages or ()) == len(x.rollout.turns) for x in run.rollouts)
 
 
-def test_only_the_first_middle_and_last_step_keep_their_rollouts(tmp_path):
+def test_steps_evenly_spread_keep_their_rollouts(tmp_path):
     path = bare_run(tmp_path / "r", [line(1)])
     rollout = Rollout(task_id="t", group=0, prompt_ids=(), turns=(a_turn("hi"),), stop="answer")
     task = Task(id="t", question="q", answers=("a",))
-    write_lines(path / "rollouts.jsonl", [record(task, step, rollout, [0.5]) for step in range(1, 10)])
-    assert [x.step for x in load_run(path).rollouts] == [1, 5, 9]
+    write_lines(path / "rollouts.jsonl", [record(task, step, rollout, [0.5]) for step in range(1, 35)])
+    assert [x.step for x in load_run(path).rollouts] == [*range(1, 35, 3)]
 
 
 def test_what_is_no_run_directory_is_named(tmp_path):
@@ -443,7 +443,7 @@ def test_rollouts_that_say_and_earn_the_same_share_a_card(tmp_path):
     task = Task(id="t", question="q", answers=("a",))
     write_lines(path / "rollouts.jsonl", [record(task, 1, r, [0.0]) for r in (rollout, other, rollout)])
     text = page([load_run(path)])
-    assert text.count('<article class="card">') == 2
+    assert text.count('<article class="card"') == 2
     assert text.count("× 2 alike") == 1
 
 
@@ -523,7 +523,7 @@ def test_the_page_renders_and_answers_the_reader(tmp_path):
       found.rest = document.querySelector(".readout .at").textContent;
       const run = document.getElementById("pick-run");
       run.value = run.options[0].value;
-      run.dispatchEvent(new Event("change", { bubbles: true }));
+      run.dispatchEvent(new Event("input", { bubbles: true }));
       found.picked = [...document.querySelectorAll("details.group")].filter((g) => !g.hidden)
         .map((g) => g.dataset.run);
       const turn = document.querySelector("details:not([hidden]) .turn");
@@ -547,6 +547,88 @@ def test_the_page_renders_and_answers_the_reader(tmp_path):
     assert found["colours"] > 5
     for row in paper_table(runs):
         assert f">{100 * row.cells['exact_match'].mean:.1f}</span>" in dom
+
+
+@pytest.fixture
+def open_page(tmp_path):
+    """Opens the report of some runs in Chromium, driven by Playwright; any request or script error fails the test."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        wrong: list[str] = []
+
+        def opened(runs, **options):
+            out = write_report([load_run(r) for r in runs], tmp_path / "report.html")
+            tab = browser.new_page(**options)
+            tab.on("request", lambda r: None if r.url in (out.as_uri(), "data:,") else wrong.append(r.url))
+            tab.on("pageerror", lambda error: wrong.append(str(error)))
+            tab.on("console", lambda said: wrong.append(said.text))
+            tab.goto(out.as_uri())
+            return tab
+
+        yield opened
+        browser.close()
+        assert wrong == []
+
+
+def test_arms_are_toggled_in_every_chart(open_page, tmp_path):
+    tab = open_page(write_runs(tmp_path / "runs", seeds=2))
+    drawn = tab.locator('.chart g[data-arm="1"]')
+    assert drawn.count() == tab.locator("svg.plot").count()
+    assert tab.locator('.chart g[data-arm="1"] .band').first.is_visible()
+    tab.get_by_role("checkbox", name="GRPO-MR").focus()
+    tab.keyboard.press("Space")
+    assert tab.locator('.chart [data-arm="1"]:visible').count() == 0
+    assert tab.locator('.chart g[data-arm="2"]').first.is_visible()
+    tab.keyboard.press("Space")
+    assert tab.locator('.chart g[data-arm="1"]').first.is_visible()
+
+
+def test_rollouts_are_filtered_and_sorted(open_page, tmp_path):
+    tab = open_page([write_run(tmp_path / "r", estimator="mt-grpo", seed=0)])
+    cards = tab.locator(".card:visible")
+    everything = cards.count()
+    tab.get_by_label("Outcome").select_option("wrong")
+    assert 0 < cards.count() < everything
+    assert set(cards.locator("header b").all_text_contents()) == {"✗ wrong"}
+    tab.get_by_label("Outcome").select_option("all")
+    tab.get_by_label("Order").select_option("credit")
+    numbers = [
+        max(abs(float(a.replace("−", "-"))) for a in card.locator(".adv").all_text_contents()) for card in cards.all()
+    ]
+    assert len(numbers) == everything
+    assert numbers == sorted(numbers, reverse=True)
+    tab.get_by_label("credit against").check()
+    assert cards.count() == tab.locator(".card:visible:has(.against)").count() < everything
+    assert tab.locator(".filters output").text_content().endswith(" of 12 rollouts")
+
+
+def test_the_step_slider_moves_by_arrow_keys(open_page, tmp_path):
+    tab = open_page([write_run(tmp_path / "r", estimator="mt-grpo", seed=0)])
+    slider = tab.get_by_role("slider")
+    slider.focus()
+    for key, step in (("Home", "1"), ("ArrowRight", "30"), ("ArrowRight", "60"), ("ArrowLeft", "30")):
+        tab.keyboard.press(key)
+        assert tab.locator("details.group:visible").get_attribute("data-step") == step
+        assert slider.get_attribute("aria-valuetext") == f"step {step}"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_in_light_and_dark(open_page, tmp_path, scheme):
+    tab = open_page(write_runs(tmp_path / "runs", seeds=1), viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
+
+
+def test_credit_against_a_turns_own_reward_is_found(tmp_path):
+    # own rewards 1, 0: better ½, −½; the first turn of the first is blamed, of the second praised
+    lines, config = credited([1.0, 0.0], [0.0, 1.0], [(-0.2, -0.7), (0.2, 0.7)])
+    path = bare_run(tmp_path / "r", [line(0)], **config)
+    write_lines(path / "rollouts.jsonl", [{**json.loads(x), "step": 1} for x in lines])
+    assert transcripts.against_own_reward(load_run(path).rollouts) == [(0,), (0,)]
 
 
 @needs_browser

@@ -534,7 +534,7 @@ def test_a_port_that_is_taken_or_impossible_is_refused(url):
         serve_search(SearchIndex(WORLD), port=port)
     for host in ("999.1.1.1", "a..b"):
         with pytest.raises(RunError, match=f"able to listen on {host}:0; got .*; choose another host"):
-            search_server(SearchIndex(WORLD), host=host, port=0)
+            search_server(SearchIndex(WORLD), host=host, port=0, token="a-long-token")
     with pytest.raises(ConfigError, match="port must be between"):
         search_server(SearchIndex(WORLD), port=70000)
     with pytest.raises(ConfigError, match="k must be between"):
@@ -580,7 +580,7 @@ def test_a_search_server_that_is_down_is_an_error_result():
     address = f"http://127.0.0.1:{server.server_address[1]}"
     server.server_close()
     result = called(remote_search_tool(address, timeout_s=2.0), query="Kenya")
-    assert result.error == "exception"
+    assert result.error == "unavailable"
     assert "the search server gave no answer" in result.text
 
 
@@ -598,7 +598,7 @@ def test_a_search_server_that_is_down_is_an_error_result():
 def test_a_search_server_that_answers_nonsense_is_an_error_result(status, body, expected):
     with running(HTTPServer(("127.0.0.1", 0), answering(status, body))) as address:
         result = called(remote_search_tool(address, timeout_s=5.0), query="Kenya")
-    assert result.error == "exception"
+    assert result.error == "unavailable"
     assert expected in result.text
 
 

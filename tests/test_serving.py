@@ -27,9 +27,10 @@ from turnwise.errors import ConfigError, RunError
 from turnwise.evaluation import evaluate
 from turnwise.policy import load_policy
 from turnwise.rollout import run_rollout
-from turnwise.serving.app import listening, load_served, make_app, server, token_in
+from turnwise.serving.app import listening, load_served, make_app, server
 from turnwise.serving.talk import Served
 from turnwise.types import Rollout, Task
+from turnwise.web import token_in
 
 KENYA = "What is the capital of Kenya?"
 SEARCH = {

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -186,6 +187,38 @@ def test_isolated_code_has_no_rights_and_none_of_the_environment(monkeypatch: py
         "import ctypes, tempfile\nctypes.CDLL(None).mount(b'none', tempfile.gettempdir().encode(), b'tmpfs', 0, None)"
     )
     assert ran(mount).text == "-1\n"
+
+
+@needs_isolation
+def test_isolated_code_does_not_reach_the_process_that_runs_it():
+    name = f"\0turnwise-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind(name)
+        own.listen()
+        tried = {
+            f"open('/proc/{os.getpid()}/mem')": "FileNotFoundError",
+            f"open('/proc/{os.getpid()}/environ')": "FileNotFoundError",
+            f"os.kill({os.getpid()}, 0)": "ProcessLookupError",
+            f"ctypes.CDLL(None).ptrace(16, {os.getpid()}, 0, 0)": "-1",
+            f"socket.socket(socket.AF_UNIX).connect({name!r})": "ConnectionRefusedError",
+            "os.listdir('/dev/shm')": "FileNotFoundError",
+            "sorted(os.listdir('/dev'))": "['null', 'urandom', 'zero']",
+            "os.setuid(0)": "PermissionError",
+        }
+        code = (
+            f"import ctypes, os, socket\nfor text in {list(tried)}:\n    try:\n        print(eval(text))\n"
+            "    except OSError as error:\n        print(type(error).__name__)\n"
+        )
+        assert ran(code).text.splitlines() == list(tried.values())
+
+
+@needs_isolation
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/sys/user") or bool(os.statvfs("/proc/sys/user").f_flag & os.ST_RDONLY),
+    reason="the system shows its settings read-only",
+)
+def test_isolated_code_makes_no_namespaces_in_which_it_would_be_root():
+    assert ran("import ctypes\nctypes.CDLL(None).unshare(0x10000000)").text == "-1\n"
 
 
 @needs_isolation

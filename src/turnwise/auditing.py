@@ -38,7 +38,7 @@ from turnwise.records import read_lines, record_of_line
 from turnwise.rollout import Limits, awaited, run_groups
 from turnwise.rundir import append_lines, write_atomically, writing
 from turnwise.setting import Setting, make_setting
-from turnwise.traces import Trace, lacking, trace_of, traces_credit, traces_table
+from turnwise.traces import Trace, has_failed, lacking, trace_of, traces_credit, traces_table
 from turnwise.truth import group_returns
 from turnwise.types import Task, rollout_from_json
 
@@ -393,6 +393,8 @@ def _saved_groups(path: Path, setting: Setting, groups: int) -> list[tuple[Task,
             raise InputError(
                 f"{place} must be a rollout that a run recorded, to be played on; it is none; take a run's"
             )
+        if has_failed(record):
+            continue
         trace_of(record, place)  # which says what is wrong with it
         found.setdefault((record["step"], record["rollout"]["group"]), []).append(record)
     if not found:

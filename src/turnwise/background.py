@@ -37,16 +37,21 @@ async def done_beside(function: Callable[[], Any], timeout_s: float | None) -> A
     def tell(value: Any) -> None:
         lane.put(lambda: None if waiting.done() else waiting.set_result(value))
 
+    def give_up() -> None:
+        if not waiting.done():
+            waiting.set_result(Failure(TimeoutError(f"it took longer than {timeout_s:g} s")))
+            stop()
+
     stop = _begun(function, tell)
+    timer = None if timeout_s is None else here.call_later(timeout_s, give_up)
     try:
-        async with asyncio.timeout(timeout_s):
-            return await waiting
-    except TimeoutError:
-        stop()
-        return Failure(TimeoutError(f"it took longer than {timeout_s:g} s"))
+        return await waiting
     except asyncio.CancelledError:
         stop()
         raise
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def waited_for(function: Callable[[], Any]) -> Any:
@@ -62,17 +67,10 @@ def _begun(function: Callable[[], Any], tell: Callable[[Any], None]) -> Callable
         _in_thread(functools.partial(_run, function, tell), tell)
         return lambda: None
     loop = lasting_loop()
+    lane = _lane(loop)
     tasks: list[asyncio.Task[Any]] = []
-
-    def start() -> None:
-        task = loop.create_task(_caught(function))
-        task.add_done_callback(
-            lambda done: tell(Failure(asyncio.CancelledError()) if done.cancelled() else done.result())
-        )
-        tasks.append(task)
-
-    _lane(loop).put(start)
-    return lambda: _lane(loop).put(lambda: tasks[0].cancel())
+    lane.put(lambda: tasks.append(loop.create_task(_told(function, tell))))
+    return lambda: lane.put(lambda: tasks[0].cancel())
 
 
 _IDLE: list[queue.SimpleQueue[Callable[[], None]]] = []
@@ -121,24 +119,27 @@ def _run(function: Callable[[], Any], tell: Callable[[Any], None]) -> None:
     tell(value)
 
 
-async def _caught(function: Callable[[], Any]) -> Any:
+async def _told(function: Callable[[], Any], tell: Callable[[Any], None]) -> None:
     try:
-        return await function()
-    except asyncio.CancelledError:
-        raise
+        value = await function()
     except BaseException as error:
-        return Failure(error)
+        value = Failure(error)
+    tell(value)
 
 
 async def _awaited(value: Any) -> Any:
     return await value
 
 
+HANDED_AT_ONCE = 64
+"""After so many calls an event loop hands them over; the tools of the first rollouts work while the rest go on."""
+
+
 class _Lane:
     """Calls that other threads hand to an event loop; it is woken once for all that have come.
 
-    What an event loop hands over waits until all that is ready there had its turn: a thousand rollouts that go on at
-    the same moment wake the other loop once.
+    What an event loop hands over waits until all that is ready there had its turn, or for `HANDED_AT_ONCE` calls: a
+    thousand rollouts that go on at the same moment wake the other loop a few times.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -149,13 +150,15 @@ class _Lane:
     def put(self, call: Callable[[], Any]) -> None:
         with self._lock:
             self._calls.append(call)
-            first = len(self._calls) == 1
-        if not first:
-            return
-        try:
-            asyncio.get_running_loop().call_soon(self._wake)
-        except RuntimeError:  # a thread without a loop
+            count = len(self._calls)
+        if count == HANDED_AT_ONCE:
             self._wake()
+        elif count == 1:
+            here = asyncio._get_running_loop()
+            if here is None:  # a thread without a loop
+                self._wake()
+            else:
+                here.call_soon(self._wake)
 
     def _wake(self) -> None:
         loop = self._loop()

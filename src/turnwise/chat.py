@@ -80,7 +80,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8", "replace"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(filter((256).__gt__, ids)).decode("utf-8", "replace")
+        return bytes([i for i in ids if i < 256]).decode("utf-8", "replace")
 
     def special_id(self, token: str) -> int:
         return 256 + SPECIALS.index(token)

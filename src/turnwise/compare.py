@@ -386,8 +386,9 @@ CURVES = (
 
 def _steps(run: Path) -> list[dict[str, Any]]:
     """The metrics of every training step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["metrics"] for line in lines if line["split"] == "train"]
+    from turnwise.rundir import read_lines
+
+    return [line["metrics"] for line in read_lines(run / "metrics.jsonl") if line["split"] == "train"]
 
 
 COSTS = ("environment_calls", "update_flops", "rollout_s", "update_s")

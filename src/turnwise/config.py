@@ -206,8 +206,13 @@ class TrainConfig:
     """Steps between validations; the first is before training."""
     validation_size: int = 128
     """Questions in a validation, answered greedily."""
-    checkpoint_every: int = 20
-    """Steps between checkpoints that `--resume` can continue from."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints that `--resume` can continue from; 0 saves every step of a policy of fewer than 20
+    million parameters, and every 20th of a larger one."""
+    skip_limit: int = 10
+    """How many optimiser steps in a row may be skipped, as loss or gradient is not finite, before the run stops."""
+    max_failed_share: float = 0.5
+    """Stop where more than this share of the last five steps' rollouts failed by tools, environment or judge."""
     log_groups: int = 2
     """Groups of rollouts that every step writes to rollouts.jsonl."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
@@ -539,7 +544,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("micro_batch_tokens", 16, _INF),
     ("validate_every", 1, _INF),
     ("validation_size", 1, _INF),
-    ("checkpoint_every", 1, _INF),
+    ("checkpoint_every", 0, _INF),
+    ("skip_limit", 1, _INF),
+    ("max_failed_share", 0, 1),
     ("log_groups", 0, _INF),
     ("threads", 0, 4096),
 )

@@ -23,7 +23,7 @@ from turnwise.credit import (
     whiten_tokens,
 )
 from turnwise.critic import Critic, step_values
-from turnwise.errors import InputError
+from turnwise.errors import InputError, RunError
 from turnwise.rewards import JUDGED
 from turnwise.types import Rollout
 
@@ -107,6 +107,11 @@ def credit_rollouts(
     rows = [rollout_row(r, [0.0] * len(r.turns), [True] * len(r.turns)) for r in rollouts]
     cut = [r.stop == "max_tokens" for r in rollouts]
     values, after = step_values(critic, rows, cut, max_tokens=config.micro_batch_tokens, pad_id=pad_id, at_once=at_once)
+    if not all(np.isfinite(own).all() for own in (*values, after)):
+        raise RunError(
+            "the critic's values must be finite; some are not; --resume from the last checkpoint, or start anew with a "
+            "lower --critic-learning-rate"
+        )
     tokens = critic_table(rollouts, values, after, at_end=config.estimator in PAID_AT_END)
     found = critic_credit(config, tokens, np.concatenate(values).astype(float))
     bounds = np.cumsum([len(own) for own in values])[:-1]

@@ -60,7 +60,6 @@ from turnwise.paired import (
     proportion_interval,
     sign_test,
 )
-from turnwise.rundir import read_config
 
 NUMBERS = {"seeds": 5, "jobs": 2, "eval_size": 200}
 """The whole numbers of a comparison, and what they are unless the file says otherwise."""
@@ -188,6 +187,8 @@ def compare(
 
 def adopt(jobs: Mapping[Key, TrainConfig], runs: Path, eval_size: int) -> None:
     """Links runs that other comparisons in `runs` finished under the same options: anew, they gave the same numbers."""
+    from turnwise.rundir import read_config
+
     finished = {}
     for path in sorted(runs.glob("*/*/record.json")):
         if json.loads(path.read_text(encoding="utf-8")).get("eval_size") == eval_size:

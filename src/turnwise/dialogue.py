@@ -121,6 +121,7 @@ async def run_dialogue(
                     step = await stepped(environment, said.text)
                 except Exception as failure:  # whatever a user's environment raises is a fact about this rollout
                     step, error = Step(action=Action(), stop="error"), described(failure)
+            error = error or step.error
             stop, success = step.stop, success if step.success is None else step.success
             messages += [said.message, *step.reply]
             turns.append(_turn(said.text, step))

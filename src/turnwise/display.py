@@ -90,7 +90,7 @@ def comparison_display(title: str, console: Console) -> Iterator[Callable[[Seque
 
 def comparison_table(title: str, runs: Sequence[Progress]) -> RenderableType:
     """A line for each run: how far it is, and what its last step's rollouts did."""
-    table = Table(title=Text(title), box=SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(one_line(title)), box=SIMPLE_HEAD, title_justify="left")
     for name in ("arm", "seed", "", "step", "done", *(RATES[name] for name in COMPARED), "s"):
         table.add_column(name, justify="left" if name in ("arm", "") else "right")
     for run in sorted(runs, key=lambda run: STATES.index(run.state)):  # what goes on stands on top
@@ -98,7 +98,7 @@ def comparison_table(title: str, runs: Sequence[Progress]) -> RenderableType:
         far = [str(run.step), f"{run.share:.0%}"] if run.state != "waiting" else ["", ""]
         took = f"{run.wall_s:.0f}" if run.step else ""
         style = {"finished": "green", "waiting": "dim"}.get(run.state)
-        table.add_row(run.arm, str(run.seed), run.state, *far, *rates, took, style=style)
+        table.add_row(Text(one_line(run.arm)), str(run.seed), run.state, *far, *rates, took, style=style)
     done = sum(run.state == "finished" for run in runs)
     return Group(table, Text(f"{done} of {len(runs)} runs finished"))
 

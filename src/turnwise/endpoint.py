@@ -4,7 +4,6 @@ Works with whatever speaks OpenAI's chat completions (vLLM, llama.cpp, Ollama, `
 comes from an environment variable, and is sent to the endpoint and written nowhere.
 """
 
-import functools
 import http.client
 import json
 import os
@@ -20,8 +19,8 @@ from typing import Any, ClassVar
 
 from turnwise.errors import ConfigError
 from turnwise.types import ToolCall
+from turnwise.web import whole_body
 
-MAX_REPLY_BYTES = 4_000_000
 MAX_PAUSE_S = 30.0
 """The longest pause before a request is repeated, whatever the endpoint asks for."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -173,7 +172,7 @@ class Client:
         deadline = time.monotonic() + self.config.timeout_s
         try:
             with self._opener.open(request, timeout=self.config.timeout_s) as response:
-                content = _read(response, deadline)
+                content = whole_body(response, deadline)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error) from error
@@ -221,21 +220,6 @@ def _key(name: str | None, option: str) -> str | None:
         what = "holds characters that cannot be sent" if key else "is not set"
         raise ConfigError(f"{option} must name a variable that holds the key; {name} {what}; set it")
     return key
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body; TimeoutError where it comes too slowly, OSError where it is too large or breaks off."""
-    parts, size = [], 0
-    for part in iter(functools.partial(response.read1, 65536), b""):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > MAX_REPLY_BYTES:
-            raise OSError(f"the answer is larger than {MAX_REPLY_BYTES} bytes")
-    if response.length:
-        raise OSError("the answer broke off")
-    return b"".join(parts)
 
 
 def _reply(answer: Any, retried: int) -> Reply:

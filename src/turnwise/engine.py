@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from turnwise.errors import ConfigError, InputError
+from turnwise.errors import ConfigError, InputError, NotFinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +123,16 @@ def check_prompt(prompt_ids: Sequence[int], *, vocab: int, max_context: int) -> 
 
 
 def check_finite(logprobs: Iterable[float]) -> None:
-    """InputError for log-probabilities that no sound model gives."""
+    """NotFinite for log-probabilities that no sound model gives."""
     if not all(map(math.isfinite, logprobs)):
-        raise InputError(
-            "the model must give finite logits; got a log-probability that is not; check the weights (a diverged run?)"
-        )
+        raise not_finite_logits()
+
+
+def not_finite_logits() -> NotFinite:
+    """The error of a completion whose logits are NaN or infinite."""
+    return NotFinite(
+        "the model must give finite logits; got a log-probability that is not; check the weights (a diverged run?)"
+    )
 
 
 def fail_all(waiting: Iterable[asyncio.Future[Completion]], error: BaseException) -> None:
@@ -216,7 +221,9 @@ class ScriptedEngine:
             self._calls[session] = self._calls.get(session, 0) + 1
             return self._replies(self._codec.decode(prompt_ids))
         if session not in self._scripts:
-            self._scripts[session] = _script(self._replies, self._codec.decode(prompt_ids))
+            replies = self._replies
+            named = isinstance(replies, Mapping)
+            self._scripts[session] = _script(replies, self._codec.decode(prompt_ids)) if named else replies
         script, call = self._scripts[session], self._calls.get(session, 0)
         if call >= len(script):
             raise InputError(
@@ -227,10 +234,8 @@ class ScriptedEngine:
         return script[call]
 
 
-def _script(replies: Sequence[str] | Mapping[str, Sequence[str]], prompt: str) -> Sequence[str]:
+def _script(replies: Mapping[str, Sequence[str]], prompt: str) -> Sequence[str]:
     """The replies for a conversation that begins with `prompt`."""
-    if not isinstance(replies, Mapping):
-        return replies
     found = [question for question in replies if question in prompt]
     if not found:
         raise InputError(

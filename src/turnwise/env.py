@@ -5,18 +5,20 @@ import copy
 import dataclasses
 import inspect
 import random
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from turnwise.errors import ConfigError
 from turnwise.protocols import ProtocolName, opening, protocol_named, read_message, reply_messages
 from turnwise.tool_objects import ToolSession
-from turnwise.tools import Tool, call_tools, error_result
+from turnwise.tools import Tool, call_tools, capped, error_result, unavailable
 from turnwise.types import Action, Message, Stop, Task, ToolResult
 
 LOST = error_result("exception", "the tool did not answer; try again")
 """What the agent sees of a call whose result is lost."""
+MOST_CHARS = 1_000_000
+"""Most characters of a message or result of an environment; more is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Step:
     """Messages to append before the policy's next turn."""
     stop: Stop | None = None
     """Why the rollout is over; None while it goes on."""
+    error: str | None = None
+    """With stop `error`: what failed."""
     rewards: Mapping[str, float] = field(default_factory=dict)
     """What the environment itself pays for the message, by name, such as `environment`; absent is not 0."""
     success: bool | None = None
@@ -75,7 +79,7 @@ async def started(environment: Environment) -> tuple[Message, ...]:
         messages = await messages if inspect.isawaitable(messages) else messages
     if not (isinstance(messages, list | tuple) and all(isinstance(message, Message) for message in messages)):
         raise TypeError(f"start() must return a tuple of Message records; got {_shown(messages)}")
-    return tuple(messages)
+    return _bounded(messages)
 
 
 async def stepped(environment: Environment, text: str) -> Step:
@@ -85,7 +89,16 @@ async def stepped(environment: Environment, text: str) -> Step:
         step = await step if inspect.isawaitable(step) else step
     if not isinstance(step, Step):
         raise TypeError(f"step() must return a Step; got {_shown(step)}")
-    return step
+    results = tuple(dataclasses.replace(r, text=capped(r.text, MOST_CHARS)) for r in step.results)
+    return dataclasses.replace(step, results=results, reply=_bounded(step.reply))
+
+
+def _bounded(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """The messages, each with at most `MOST_CHARS` characters, before anything else is made of them."""
+    return tuple(
+        dataclasses.replace(m, content=capped(m.content, MOST_CHARS)) if len(m.content) > MOST_CHARS else m
+        for m in messages
+    )
 
 
 @contextlib.contextmanager
@@ -180,11 +193,11 @@ class ToolEnvironment:
         self._session = ToolSession(tools, task)
         self._turns_left = max_turns
         self._failures = failures
-        self._chance = random.Random(0)
+        self._chance = random.Random(0) if failures else None
 
     def use_seed(self, seed: int) -> None:
         """What fails by chance is drawn from this seed."""
-        self._chance = random.Random(seed)
+        self._chance = random.Random(seed) if self._failures else None
 
     def start(self) -> tuple[Message, ...]:
         """The rules as system message, the question as user message."""
@@ -201,14 +214,18 @@ class ToolEnvironment:
             self._turns_left = 0
             return Step(action=action, stop=stop)
         results = self._received(await call_tools(await self._session.tools(), action))
+        if lost := unavailable(results):
+            self._turns_left = 0
+            return Step(action=action, results=results, stop="error", error=lost)
         reply = reply_messages(self._protocol, action, results, last=self._turns_left == 1)
         return Step(action=action, results=results, reply=reply)
 
     def _received(self, results: tuple[ToolResult, ...]) -> tuple[ToolResult, ...]:
         """The results without those that are lost."""
-        if not self._failures:
+        chance = self._chance
+        if chance is None:
             return results
-        return tuple(LOST if self._chance.random() < self._failures else result for result in results)
+        return tuple(LOST if chance.random() < self._failures else result for result in results)
 
     def fork(self) -> "ToolEnvironment":
         """A copy with its own state, and copies of the objects of its tools; what a function remembers, all see."""

@@ -48,7 +48,7 @@ from turnwise.rewards import (
     xml_format,
 )
 from turnwise.rollout import Limits, awaited, run_groups, run_trees
-from turnwise.rundir import latest_checkpoint, read_config, write_atomically
+from turnwise.rundir import chosen_checkpoint, read_config, write_atomically
 from turnwise.setting import (
     Setting,
     environment_source,
@@ -531,17 +531,16 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
             f"{str(run)!r} is none; check the path"
         )
     if is_run(folder):
-        best = checkpoint == "best" and (folder / "best").is_dir()
-        source = folder / "best" if best else latest_checkpoint(folder)[0]
-        config = read_config(folder)
-        return place(load_policy(source), config), config
+        source = chosen_checkpoint(folder, best=checkpoint == "best")
+        config = read_config(folder, plays=True)
+        return place(load_policy(source, verified=True), config), config
     if _is_begun(folder):
         raise RunError(
             f"{run} must be a run with metrics; it has a configuration but no metrics.jsonl, as its training stopped "
             f"before the first validation, or the file is lost; train it: turnwise train --resume --out {run}"
         )
     above = [parent for parent in folder.resolve().parents[:2] if is_run(parent)]
-    config = read_config(above[0]) if above else TrainConfig(policy=str(folder))
+    config = read_config(above[0], plays=True) if above else TrainConfig(policy=str(folder))
     return place(load_policy(folder), config), config
 
 
@@ -563,7 +562,7 @@ def run_config(source: str | Path) -> TrainConfig:
             f"a run must be a run directory, a file of options or {' or '.join(EMBEDDED)}; got {str(source)!r}; check "
             "the path"
         )
-    return read_config(path)
+    return read_config(path, plays=True)
 
 
 def is_run(folder: Path) -> bool:

@@ -282,7 +282,7 @@ def inspection_lines(found: Found) -> list[str]:
         more = [f"{len(source['kinds']) - NAMED} more kinds"] if len(source["kinds"]) > NAMED else []
         marked = source["marked_unanswerable"]
         left = [f"{marked:,} marked as unanswerable left out"] if marked else []
-        facts = [f"{source['tasks']:,} tasks ({source['format']})", *left, *kinds, *more]
+        facts = [f"{source['tasks']:,} tasks ({one_line(source['format'])})", *left, *kinds, *more]
         lines.append(_row(name, ", ".join(facts)))
     tokens, answers, search, double = (found[name] for name in ("tokens", "answers", "search", "duplicates"))
     lines += [
@@ -315,7 +315,7 @@ def inspection_lines(found: Found) -> list[str]:
             _row("results", f"{_span(search['result_tokens'])} tokens of {search['articles_per_search']} article(s)"),
         ]
     if found["tools"]:
-        lines.append(_row("tools", ", ".join(found["tools"])))
+        lines.append(_row("tools", one_line(", ".join(found["tools"]))))
     lines += [f"note: {one_line(note)}" for note in found["notes"]]
     lines += [f"problem: {one_line(problem)}" for problem in found["problems"]]
     return lines

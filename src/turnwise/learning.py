@@ -1,7 +1,8 @@
 """The update: a step's rows into the weights of the policy, and of the critic where there is one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, weight
 from turnwise.config import TrainConfig
 from turnwise.cores import in_parallel
 from turnwise.critic import Critic, token_values
-from turnwise.errors import RunError
 from turnwise.lora import without_adapter
 from turnwise.loss import Ratio, policy_loss, value_loss
 from turnwise.policy import Policy, token_logprobs, token_states
@@ -18,6 +18,26 @@ from turnwise.rollout import rollout_seed
 
 MEANS = ("entropy", "clip_fraction", "policy_shift", "kl")
 """What is reported as a mean over the computed tokens, by their weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A minibatch whose optimiser step was not taken, as a number of it is NaN or infinite."""
+
+    place: tuple[int, int]
+    """Which pass over the step's rollouts, and which minibatch of it."""
+    fault: str
+    rows: Sequence[tuple[int, Row]]
+    """Each rollout's group and its row."""
+    found: Mapping[str, float]
+
+
+class _NotFinite(ArithmeticError):
+    """A loss or a gradient is NaN or infinite; `found` is what was computed by then."""
+
+    def __init__(self, fault: str, found: Mapping[str, float]) -> None:
+        super().__init__(fault)
+        self.found = found
 
 
 def update(
@@ -30,9 +50,13 @@ def update(
     critic: Critic | None = None,
     *,
     at_once: int = 1,
+    skipped: Callable[[Skipped | None], None] = lambda skipped: None,
 ) -> dict[str, float]:
     """`passes` times `minibatches` optimiser steps over a step's rollouts; means of what they saw, and how many
     positions they computed together.
+
+    A minibatch whose loss or gradient is not finite, the policy's or the critic's, changes nothing and is counted;
+    `skipped` is told of it, and with None of every step that is taken.
 
     `at_once` micro-batches are computed at a time; their gradients are added in order, so the number changes nothing.
     In the first `critic_warmup_steps` steps the critic learns alone.
@@ -45,18 +69,27 @@ def update(
     seen: list[dict[str, float]] = []
     for repeat in range(config.passes):
         order = np.random.default_rng(rollout_seed(config.seed, step, repeat)).permutation(len(groups))
-        for part in np.array_split(order, config.minibatches):
+        for number, part in enumerate(np.array_split(order, config.minibatches)):
             chosen = {groups[i] for i in part}
-            minibatch = [row for group, row in rows if group in chosen]
-            if minibatch:
-                seen.append(_optimise(policy, optimizer, minibatch, config, reference, critic, learned >= 0, at_once))
-    positions = sum(s.pop("positions") for s in seen)
+            minibatch = [(group, row) for group, row in rows if group in chosen]
+            if not minibatch:
+                continue
+            own = [row for _, row in minibatch]
+            try:
+                seen.append(_optimise(policy, optimizer, own, config, reference, critic, learned >= 0, at_once))
+            except _NotFinite as error:
+                place = (repeat, number)
+                skipped(Skipped(place=place, fault=str(error), rows=minibatch, found=error.found))
+                seen.append({"positions": error.found["positions"], "skipped_steps": 1.0})
+            else:
+                skipped(None)
+    positions, num_skipped = sum(s.pop("positions") for s in seen), sum(s.pop("skipped_steps", 0.0) for s in seen)
     names = dict.fromkeys(name for s in seen for name in s)
     means = {name: float(np.mean([s[name] for s in seen if name in s])) for name in names}
     if seen and "policy_shift" in seen[0]:
         # before the first of the step's updates: the policy that sampled, computed anew
         means["sampler_gap"] = seen[0]["policy_shift"]
-    return {**means, "positions": positions}
+    return {**means, "skipped_steps": num_skipped, "positions": positions}
 
 
 def _rise(step: int, steps: int) -> float:
@@ -79,7 +112,7 @@ def _optimise(
     policy_learns: bool,
     at_once: int,
 ) -> dict[str, float]:
-    """One optimiser step of each that learns.
+    """One optimiser step of each that learns; of none, and _NotFinite, where a loss or a gradient is not finite.
 
     Rows without any credit have no gradient; without a KL term and a critic, for which every row has value targets,
     they are not computed. Entropy, clip fraction and shift are means over the computed rows, absent where there are
@@ -117,15 +150,18 @@ def _optimise(
     positions = sum(int(level.lengths.sum()) for batch in batches for level in batch.levels)
     found = {"live_rollouts": sum(row.count for row in live) / len(rows), "computed_rows": len(live) / len(rows)}
     found["positions"] = float(positions)
+    stepping: dict[str, torch.optim.Optimizer] = {"value_grad_norm": critic.optimizer} if critic else {}
+    stepping |= {"grad_norm": optimizer} if policy_learns and live else {}
+    losses = {name: sums[name] for name in ("loss", "value_loss") if name in sums}
+    norms = _stepped(stepping, config.max_grad_norm, {**found, **losses})
     if critic:
         found |= {name: sums.pop(name) for name in ("value_loss", "value_clip_fraction")}
-        found["value_grad_norm"] = _stepped(critic.optimizer, config.max_grad_norm, "critic-learning-rate")
+        found["value_grad_norm"] = norms["value_grad_norm"]
     if not policy_learns:
         return found
     weighed = sums.pop("weight", 0.0)
     found |= {name: sums[name] / weighed for name in MEANS if name in sums}
-    norm = _stepped(optimizer, config.max_grad_norm, "learning-rate") if live else 0.0
-    return {"loss": sums.get("loss", 0.0), **found, "grad_norm": norm}
+    return {"loss": sums.get("loss", 0.0), **found, "grad_norm": norms.get("grad_norm", 0.0)}
 
 
 def _add(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
@@ -141,18 +177,25 @@ def _num_targets(rows: Sequence[Row]) -> torch.Tensor:
     return torch.from_numpy(np.sum(counts, axis=0))
 
 
-def _stepped(optimizer: torch.optim.Optimizer, max_norm: float, option: str) -> float:
-    """One step along the clipped gradient, which is cleared; its norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    if not math.isfinite(norm):
-        raise RunError(
-            f"the gradient must be finite; its norm is {norm}; lower --{option}, and --resume from the "
-            "last checkpoint or start anew"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def _stepped(
+    optimizers: Mapping[str, torch.optim.Optimizer], max_norm: float, found: Mapping[str, float]
+) -> dict[str, float]:
+    """One step of each optimiser along its clipped gradient, which is cleared; the norms before clipping, by name.
+
+    No step at all, and _NotFinite, where one of the norms is not finite, or a loss in `found`.
+    """
+    norms = {}
+    for name, optimizer in optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms[name] = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    broken = [f"its {name} is {x}" for name, x in {**found, **norms}.items() if not math.isfinite(x)]
+    for optimizer in optimizers.values():
+        if not broken:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if broken:
+        raise _NotFinite(", ".join(broken), {**found, **norms})
+    return norms
 
 
 def loss_segments(batch: MicroBatch, ratio: Ratio) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from turnwise.batch import MicroBatch, Row, pack
 from turnwise.chat import Chat, load_chat, save_chat
+from turnwise.checksums import damage
 from turnwise.devices import computing, recomputing
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.families import check_model, longest_context, output_logits
@@ -88,13 +89,17 @@ def embedded_checkpoint(name: str = "embedded") -> Path:
     return Path(__file__).parent / "data" / EMBEDDED[name]
 
 
-def load_policy(source: str | Path) -> Policy:
+def load_policy(source: str | Path, *, verified: bool = False) -> Policy:
     """The policy in a checkpoint folder, of the Hugging Face hub (owner/name), or of the package (see `EMBEDDED`).
 
     A folder may hold an adapter alone, which names its base model. Raises InputError where there is no such policy,
     ConfigError for a model that cannot be trained here, and RunError where files are damaged or do not fit each other.
+    Files that were written with checksums are held to them, unless the caller has `verified` that.
     """
     folder, _ = named_folder(source)
+    fault = None if verified else damage(folder)
+    if fault:
+        raise RunError(f"checkpoint {folder} must be as it was written; {fault}; use another checkpoint")
     with _without_bars():
         if is_adapter(folder):
             return _adapted(folder)

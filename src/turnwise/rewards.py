@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from turnwise import metrics
-from turnwise.errors import ConfigError, InputError, unknown_name
+from turnwise.errors import ConfigError, InputError, NotFinite, described, unknown_name
 from turnwise.protocols import PROTOCOLS, ProtocolName, TagProtocol, is_well_formed, protocol_named
 from turnwise.tool_files import load_module, public_functions
 from turnwise.types import Rollout, Task, Turn
@@ -351,8 +351,17 @@ def _called(name: str, function: RewardFunction, task: Task, rollout: Rollout) -
 
 def _finite(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InputError(
+        kind = NotFinite if isinstance(value, numbers.Real) else InputError
+        raise kind(
             f"reward function {name} must return finite numbers; got {value!r}; "
             "return a float, or None for a turn without this reward"
         )
     return float(value)
+
+
+def score_or_fail(scored: Callable[[], Rollout], rollout: Rollout) -> Rollout:
+    """What `scored` returns; where a reward is not finite, the rollout as failed, without rewards."""
+    try:
+        return scored()
+    except NotFinite as error:
+        return dataclasses.replace(rollout, stop="error", error=described(error), turn_rewards=(), outcome_rewards={})

@@ -16,7 +16,7 @@ import numpy as np
 from turnwise.chat import Chat
 from turnwise.engine import Completion, Engine, ForkingEngine, Sampling
 from turnwise.env import Environment, Step, closed, forked, seeded, started, state_of, stepped
-from turnwise.errors import ConfigError, InputError, described
+from turnwise.errors import ConfigError, InputError, NotFinite, described
 from turnwise.types import Action, Rollout, Stop, Task, Turn
 
 T = TypeVar("T")
@@ -63,14 +63,20 @@ class _Line:
     """The environment's name of the state that it is in."""
     states: list[str | None] = dataclasses.field(default_factory=list)
     """Its names of the states before the turns."""
+    ids: list[int] = dataclasses.field(init=False)
+    """The whole conversation."""
 
-    def ids(self) -> list[int]:
-        """The whole conversation."""
-        ids = list(self.prompt)
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
         for turn in self.turns:
-            ids += turn.action_ids
-            ids += turn.reply_ids
-        return ids
+            self.ids += turn.action_ids
+            self.ids += turn.reply_ids
+
+    def add(self, turn: Turn) -> None:
+        """Appends a turn."""
+        self.turns.append(turn)
+        self.ids += turn.action_ids
+        self.ids += turn.reply_ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +126,12 @@ class _Player:
             max_tokens=self.limits.max_turn_tokens,
             seed=rollout_seed(line.seed, len(line.turns)),
         )
-        await self.take(line, await self.engine.generate(line.ids(), sampling, session=line.session))
+        try:
+            completion = await self.engine.generate(tuple(line.ids), sampling, session=line.session)
+        except NotFinite as failure:
+            line.stop, line.error = "error", described(failure)
+            return
+        await self.take(line, completion)
 
     async def take(self, line: _Line, completion: Completion) -> None:
         """Takes a turn and lets the line's environment answer it."""
@@ -133,17 +144,17 @@ class _Player:
             try:
                 step = await stepped(line.environment, text)
                 rewards, line.state = finite_rewards(step.rewards), state_of(line.environment)
-                line.stop = step.stop
+                line.stop, line.error = step.stop, step.error
                 line.success = line.success if step.success is None else step.success
             except Exception as failure:
                 line.stop, line.error = "error", described(failure)
         if line.stop is None:
-            used = len(line.ids()) + len(completion.token_ids)
+            used = len(line.ids) + len(completion.token_ids)
             room = reply_room(self.chat, self.limits, used, len(line.turns) + 1)
             reply = self.chat.reply_ids(step.reply, max_ids=room)
             if len(reply) > room:
                 line.stop, reply = "max_tokens", []
-        line.turns.append(_turn(completion, text, step, reply, rewards))
+        line.add(_turn(completion, text, step, reply, rewards))
 
     def rollout(self, line: _Line) -> Rollout:
         """The record of a line that has ended."""
@@ -174,9 +185,9 @@ async def run_rollout(
 ) -> Rollout:
     """One task played to its end.
 
-    A failure of the environment is recorded in the rollout (stop `error`, without turns where it could not start); a
-    failure of the engine is raised. Every granted turn has room for `max_turn_tokens`: a reply that would take it is
-    cut. Raises InputError where the prompt leaves no room for one turn.
+    A failure of the environment is recorded in the rollout (stop `error`, without turns where it could not start), and
+    so are logits that are not finite; other failures of the engine are raised. Every granted turn has room for
+    `max_turn_tokens`: a reply that would take it is cut. Raises InputError where the prompt leaves no room for a turn.
     """
     player = _Player(task=task, engine=engine, chat=chat, limits=limits, temperature=temperature, group=group)
     line = await player.line(environment, seed)

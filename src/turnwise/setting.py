@@ -14,7 +14,7 @@ from turnwise.envs import Source, load_source
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.judge import check_judge, judged
 from turnwise.protocols import NATIVE, ProtocolName, native_protocol, protocol_named
-from turnwise.rewards import BUILT_IN, JUDGED, RewardFunction, load_rewards, score
+from turnwise.rewards import BUILT_IN, JUDGED, RewardFunction, load_rewards, score, score_or_fail
 from turnwise.search import load_corpus, open_index, search_tool
 from turnwise.sources import is_hub_name, policy_folder
 from turnwise.tasks import check_answers_in_corpus, load_tasks
@@ -73,10 +73,13 @@ class Setting:
         )
 
     def all_scored(self, pairs: Sequence[tuple[Task, Rollout]]) -> list[Rollout]:
-        """The rollouts with their rewards, judged first where a judge is configured. RunError as in `judged`."""
+        """The rollouts with their rewards, judged first where a judge is configured. RunError as in `judged`.
+
+        One whose rewards are not finite has failed: stop `error`, and no rewards.
+        """
         if self.config.judge:
             pairs = judged(pairs, self.config.judge)
-        return [self.scored(task, rollout) for task, rollout in pairs]
+        return [score_or_fail(lambda t=t, r=r: self.scored(t, r), r) for t, r in pairs]
 
 
 def make_setting(config: TrainConfig) -> Setting:

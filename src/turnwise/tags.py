@@ -20,6 +20,7 @@ MAX_DEPTH = 64
 
 _ANY_TAG = re.compile(rf"<(\s*(?:/\s*)?(?:{'|'.join(TAGS)})\s*)>", re.I)
 _DECODER = json.JSONDecoder()
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 _FORM = '{"name": ..., "args": {...}}'
 
 
@@ -134,10 +135,11 @@ def json_value(text: str, at: int) -> tuple[Any, int] | None:
     """
     try:
         value, end = _DECODER.raw_decode(text, at)
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        _ENCODER.encode(value).encode()
     except (ValueError, RecursionError):
         return None
-    return (value, end) if _depth(value) <= MAX_DEPTH else None
+    may_be_deep = text.count("{", at, end) + text.count("[", at, end) > MAX_DEPTH
+    return None if may_be_deep and _depth(value) > MAX_DEPTH else (value, end)
 
 
 def _depth(value: Any) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from turnwise.background import Failure, Gate, done_beside
-from turnwise.errors import ConfigError, ToolError
+from turnwise.errors import ConfigError, ToolError, ToolUnavailable
 from turnwise.types import Action, ToolCall, ToolResult
 
 Schema = dict[str, Any]
@@ -418,17 +418,30 @@ def _observed(found: Tool, value: Any, duration_s: float) -> ToolResult:
     """A function's value, or what it raised, as the agent sees it."""
     if not isinstance(value, Failure):
         try:
-            text = capped(_encodable(_text(value)), found.result_cap)
+            text = _encodable(capped(_text(value, found.result_cap), found.result_cap))
             documents = value.documents if isinstance(value, Found) else None
             return ToolResult(text=text, duration_s=duration_s, documents=documents)
         except Exception as error:  # of no text, or of a value that cannot be written out
             reason = f"{found.name} returned {type(value).__name__}, which is neither text nor JSON ({error})"
             return error_result("bad_result", reason, cap=found.result_cap, duration_s=duration_s)
     error = value.error
-    kind = "timeout" if isinstance(error, TimeoutError) else "exception"
-    text = error_text(error) if isinstance(error, ToolError | TimeoutError) else ""
-    text = text or f"{type(error).__name__}: {error_text(error)}"
-    return error_result(kind, text, cap=found.result_cap, duration_s=duration_s)
+    text = error_text(error)
+    if not (text and isinstance(error, ToolError | ToolUnavailable | TimeoutError)):
+        text = f"{type(error).__name__}: {text[: found.result_cap]}"
+    return error_result(_kind(error), text, cap=found.result_cap, duration_s=duration_s)
+
+
+def _kind(error: BaseException) -> str:
+    """The class of an error: a connection that fails is none of the agent's doing."""
+    if isinstance(error, ConnectionError):
+        return "unavailable"
+    return "timeout" if isinstance(error, TimeoutError) else "exception"
+
+
+def unavailable(results: Iterable[ToolResult]) -> str | None:
+    """What the first result says of a tool that is not there; None where all are."""
+    lost = next((result for result in results if result.error == "unavailable"), None)
+    return None if lost is None else f"{ToolUnavailable.__name__}: {lost.text.removeprefix(ERROR_PREFIX)}"
 
 
 def error_text(error: BaseException) -> str:
@@ -440,8 +453,9 @@ def error_text(error: BaseException) -> str:
 
 def error_result(error: str, text: str, *, cap: int = ERROR_CAP, duration_s: float = 0.0) -> ToolResult:
     """A failed call's result: `Error: ` and the reason, on at most `cap` characters."""
-    shown = capped(_encodable(ERROR_PREFIX + text), max(cap, len(ERROR_PREFIX)))
-    return ToolResult(text=shown, error=error, duration_s=duration_s)
+    cap = max(cap, len(ERROR_PREFIX))
+    shown = capped(ERROR_PREFIX + text[: cap + 1], cap)  # gigabytes are cut before they are copied
+    return ToolResult(text=_encodable(shown), error=error, duration_s=duration_s)
 
 
 def capped(text: str, cap: int) -> str:
@@ -527,9 +541,17 @@ def _fits(schema: Any, value: Any) -> bool:
     return isinstance(value, _ACCEPTED.get(kind, (object,)))
 
 
-def _text(value: object) -> str:
-    """A tool's return value as text: strings as they are, the rest as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _text(value: object, cap: int) -> str:
+    """A tool's return value as text: strings as they are, the rest as JSON, of which no more is written than shows."""
+    if isinstance(value, str):
+        return value
+    written, length = [], 0
+    for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+        written.append(part)
+        length += len(part)
+        if length > cap:
+            break
+    return "".join(written)
 
 
 def _encodable(text: str) -> str:

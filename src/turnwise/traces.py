@@ -66,14 +66,21 @@ class Trace:
 def read_traces(path: Path) -> list[Trace]:
     """The rollouts of a file, in its order.
 
-    Raises InputError, with line and field, for a file that cannot be read, holds no rollout, or holds something else. A
-    last line that a killed run left half-written is skipped with a warning.
+    A run's rollouts that failed are left out, and a last line that a killed run left half-written with a warning.
+    Raises InputError, with line and field, for a file that cannot be read, holds no rollout, or holds something else.
     """
     traces = []
     for number, record in _whole_records(path):
         place = f"{path.name}:{number}"
-        traces.append(trace_of(record, place))
+        if not has_failed(record):
+            traces.append(trace_of(record, place))
     return traces
+
+
+def has_failed(record: Record) -> bool:
+    """Whether a line is a run's rollout that failed: what it would have earned is not known."""
+    rollout = record.get("rollout")
+    return isinstance(rollout, dict) and rollout.get("stop") == "error" and record.get("advantages") is None
 
 
 def trace_of(record: Record, place: str) -> Trace:

@@ -6,6 +6,8 @@ import itertools
 import json
 import signal
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from turnwise.correction import corrected
 from turnwise.credit import TOKEN_ESTIMATORS, sign_flips
 from turnwise.crediting import Credited, credit_rollouts, has_signal
 from turnwise.critic import Critic, make_critic
-from turnwise.devices import check_device
+from turnwise.devices import SMALL, check_device, num_parameters
 from turnwise.engine import PolicyEngine
 from turnwise.errors import ConfigError, RunError
 from turnwise.evaluation import (
@@ -38,7 +40,7 @@ from turnwise.evaluation import (
     spread,
 )
 from turnwise.judge import is_judged, judge_metrics
-from turnwise.learning import update
+from turnwise.learning import Skipped, update
 from turnwise.lora import add_lora, is_adapted
 from turnwise.memory import MemoryEstimate, check_memory, memory_estimate, rollout_lengths
 from turnwise.policy import Policy, load_policy, named_folder
@@ -48,11 +50,14 @@ from turnwise.rundir import (
     append_lines,
     create_run,
     cut_lines,
+    drop_after,
     latest_checkpoint,
     load_critic,
     load_optimizer,
+    missing_lines,
     read_config,
     read_lines,
+    save_bad_batch,
     save_best,
     save_checkpoint,
     write_config,
@@ -153,7 +158,19 @@ def planned_memory(config: TrainConfig) -> MemoryEstimate:
     return found or memory_estimate(policy.model, setting.config, lengths)
 
 
-RESUMABLE = ("out", "steps", "token_budget", "threads", "device", "tracker")
+FAILING_STEPS = 5
+"""Over how many steps the share of failed rollouts is taken."""
+RESUMABLE = (
+    "out",
+    "steps",
+    "token_budget",
+    "threads",
+    "device",
+    "tracker",
+    "checkpoint_every",
+    "skip_limit",
+    "max_failed_share",
+)
 """The options that may change where a run goes on."""
 
 
@@ -161,10 +178,11 @@ def resumed_config(config: TrainConfig, *, given: Collection[str] = ()) -> Train
     """The configuration of the run in `config.out`, with what may change of the options that were asked for.
 
     Asked for are those in `given` and those that are not at their defaults. A run may go on with more steps, a larger
-    token budget, in another place, on other cores or another device, and with another tracker; its other options hold.
+    token budget, in another place, on other cores or another device, with another tracker, other checkpoints and
+    another limit of skipped steps; its other options hold.
     Raises ConfigError for one that differs.
     """
-    saved = read_config(config.out)
+    saved = read_config(config.out, plays=True)
     defaults = TrainConfig()
     fields = [field.name for field in dataclasses.fields(config)]
     asked = {n: getattr(config, n) for n in fields if n in given or getattr(config, n) != getattr(defaults, n)}
@@ -237,7 +255,13 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.wall_s = 0.0
         self.sampled_tokens = 0
+        self.failures: dict[str, int] = {}
+        """Of the last step's rollouts, how many failed with which class of error."""
         self.drawn_tasks = 0
+        self.skipped_in_a_row = 0
+        """Optimiser steps, up to the last one."""
+        self.unwritten: dict[str, list[Record]] = {"rollouts.jsonl": [], "metrics.jsonl": []}
+        """Records that could not be written yet, by file."""
         self.is_between_steps = True
         """Whether the weights are those of the last whole step; an update that fails may leave them in between."""
         self.engines: Sequence[PolicyEngine] = ()
@@ -278,10 +302,12 @@ class _Run:
     def restore(self) -> None:
         """Goes back to the newest checkpoint, or to the start where none was reached; drops what was logged since."""
         if not any((self.config.out / "checkpoints").glob("step-*")):
+            drop_after(self.config.out, 0)
             self._cut_logs(after_step=-1)
             return
         folder, state = latest_checkpoint(self.config.out)
-        self.policy = place(load_policy(folder), self.config)
+        drop_after(self.config.out, state["step"])
+        self.policy = place(load_policy(folder, verified=True), self.config)
         if self.config.lora_rank:
             self.reference = self._reference()
         self.optimizer = self._optimizer()
@@ -294,8 +320,11 @@ class _Run:
         self.validation = state["validation"]
         self.sampled_tokens = state.get("sampled_tokens", 0)  # earlier checkpoints have no count, and no budget
         self.drawn_tasks = state.get("drawn_tasks", self.step * self.config.tasks_per_step)
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.saved_step = self.step
         self._cut_logs(after_step=self.step)
+        waiting: Mapping[str, list[Record]] = state.get("unwritten", {})
+        self._write({name: missing_lines(self.config.out / name, records) for name, records in waiting.items()})
 
     def _refresh(self, version: int) -> None:
         for engine in self.engines:
@@ -304,14 +333,29 @@ class _Run:
     def _cut_logs(self, *, after_step: int) -> None:
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             cut_lines(self.config.out / name, after_step=after_step)
+
+    def _write(self, records: Mapping[str, Sequence[Record]]) -> None:
+        """Adds records to files, after those that could not be written before; what fails is kept for later."""
+        for name, new in records.items():
+            self.unwritten[name] += new
+        for name, waiting in self.unwritten.items():
+            append_lines(self.config.out / name, waiting)
+            waiting.clear()
+
+    def _lacks_validation(self) -> bool:
+        """Whether the step that the run stands at is to be validated, and was not."""
+        if self.step and self.step % self.config.validate_every and not self._is_over():
+            return False
         records = read_lines(self.config.out / "metrics.jsonl")
-        self.history = [record["metrics"] for record in records if record["split"] == "train"]
+        return (self.step, "validation") not in {(r["step"], r["split"]) for r in records}
 
     def play_out(self, display: Display | None, interrupted: Callable[[], bool]) -> TrainResult:
         """Steps until the end or an interruption."""
         started = time.perf_counter() - self.wall_s
+        records = read_lines(self.config.out / "metrics.jsonl")
+        self.history = [record["metrics"] for record in records if record["split"] == "train"]
         try:
-            if self.step == 0:
+            if self._lacks_validation():
                 self._validate(display)
             while not self._is_over() and not interrupted():
                 record, rollout_lines = self._train_step()
@@ -321,7 +365,8 @@ class _Run:
                 self._log(record, display, rollout_lines)
                 if self.step % self.config.validate_every == 0 or self._is_over():
                     self._validate(display)
-                if self.step % self.config.checkpoint_every == 0:
+                self._check_skipped()
+                if self.step % self.checkpoint_every == 0:
                     self._checkpoint()
         except BaseException:
             if self.is_between_steps:
@@ -336,6 +381,41 @@ class _Run:
             validation=self.validation,
         )
 
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints: the option, or by the size of the policy."""
+        return self.config.checkpoint_every or (1 if num_parameters(self.policy.model) < SMALL else 20)
+
+    def _skip(self, skipped: Skipped | None) -> None:
+        """Counts an optimiser step that was not taken, and writes its batch down; None is one that was taken."""
+        if skipped is None:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        folder = save_bad_batch(
+            self.config.out,
+            self.step + 1,
+            skipped.place,
+            skipped.rows,
+            {"fault": skipped.fault, "found": {name: str(value) for name, value in skipped.found.items()}},
+        )
+        kept = f"its batch is in {folder}" if folder else "batches of earlier ones are there to look at"
+        warnings.warn(
+            f"an optimiser step of step {self.step + 1} was skipped, as {skipped.fault}; {kept}; a lower "
+            "--learning-rate or --max-grad-norm helps where training diverges",
+            stacklevel=2,
+        )
+
+    def _check_skipped(self) -> None:
+        """RunError after too many skipped optimiser steps in a row; the weights are those of before them."""
+        if self.skipped_in_a_row >= self.config.skip_limit:
+            raise RunError(
+                f"optimiser steps must not be skipped {self.config.skip_limit} times in a row; the last "
+                f"{self.skipped_in_a_row} up to step {self.step} were, as loss or gradient was not finite; see "
+                f"{self.config.out / 'bad'}, and start anew with a lower --learning-rate; the last weights are whole, "
+                "and --resume goes on from them"
+            )
+
     def _is_over(self) -> bool:
         """Whether the steps are done or the budget of sampled tokens is spent."""
         budget = self.config.token_budget
@@ -347,8 +427,8 @@ class _Run:
         rollouts = [rollout for group in drawn.played for _, rollout in group]
         rolled = time.perf_counter()
         kept = [r for group in drawn.kept for r in group]
-        if not kept:
-            raise RunError(f"rollouts must not all fail; all of step {self.step} did: {rollouts[0].error}")
+        failures = _failures(rollouts)
+        self._check_failures(rollouts, failures)
         kept = learned_from(kept, config, self.step)
         threads = config.threads or torch.get_num_threads()
         at_once = 1 if config.gradient_checkpointing else parts_at_once(self.policy.model, threads)
@@ -358,7 +438,9 @@ class _Run:
             rows, mismatch = corrected(self.policy, rows, config, at_once=at_once)
         learners = (self.reference, self.critic)
         self.is_between_steps = False
-        learning = update(self.policy, self.optimizer, rows, config, self.step, *learners, at_once=at_once)
+        learning = update(
+            self.policy, self.optimizer, rows, config, self.step, *learners, at_once=at_once, skipped=self._skip
+        )
         self._refresh(self.step + 1)
         ended = time.perf_counter()
         finished = [r for r in rollouts if _is_usable(r)]
@@ -387,7 +469,23 @@ class _Run:
             "rollout_s": rolled - start,
             "update_s": ended - rolled,
         }
-        return metrics, _rollout_lines(self.step + 1, by_id, kept, credited, config)
+        self.failures = failures
+        lines = _rollout_lines(self.step + 1, by_id, kept, credited, config)
+        return metrics, lines + _failed_lines(self.step + 1, drawn, config)
+
+    def _check_failures(self, rollouts: Sequence[Rollout], failures: Mapping[str, int]) -> None:
+        """RunError where nothing is left to learn from, or where more rollouts fail than the run may lose."""
+        recent = [_left_out(metrics) for metrics in self.history[1 - FAILING_STEPS :]]
+        recent.append(sum(failures.values()) / len(rollouts))
+        share, most = sum(recent) / len(recent), self.config.max_failed_share
+        if recent[-1] < 1 and share <= most:
+            return
+        what, number = next(iter(failures.items()))
+        raise RunError(
+            f"rollouts must not fail more often than max-failed-share, {most:.0%}; of the last {len(recent)} steps' "
+            f"{share:.0%} did, of step {self.step}'s {recent[-1]:.0%}, most often with {what} ({number}): "
+            f"{_first_failure(rollouts, what)}; mend it, then go on with --resume"
+        )
 
     def _drawn(self) -> "_Drawn":
         """The step's rollouts. With dynamic sampling, groups without a signal make room for further tasks.
@@ -442,11 +540,11 @@ class _Run:
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
         self.validation = {**mean_metrics(pairs, self.config.tag_protocol), **judge_metrics(pairs)}
-        self._log(self.validation, display, split="validation")
         found = rating(self.validation)
         if found > self.best:
-            self.best = found
             save_best(self.config.out, self.policy)
+            self.best = found
+        self._log(self.validation, display, split="validation")
 
     def _log(
         self,
@@ -466,15 +564,14 @@ class _Run:
                 weights=self.config.weights,
             )
             record |= {"warnings": said} if said else {}
-        append_lines(self.config.out / "rollouts.jsonl", rollout_lines)
-        append_lines(self.config.out / "metrics.jsonl", [record])
+            record |= {"failures": self.failures} if self.failures else {}
+        self._write({"rollouts.jsonl": rollout_lines, "metrics.jsonl": [record]})
         if display:
             display.show(record)
 
     def _checkpoint(self) -> None:
         if self.step == self.saved_step:
             return
-        self.saved_step = self.step
         state = {
             "best_rank": self.best[0],
             "best": self.best[1],
@@ -482,8 +579,11 @@ class _Run:
             "validation": self.validation,
             "sampled_tokens": self.sampled_tokens,
             "drawn_tasks": self.drawn_tasks,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "unwritten": self.unwritten,
         }
         save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state, self.critic)
+        self.saved_step = self.step
 
 
 # --- the parts of a step ----------------------------------------------------------------------------
@@ -513,6 +613,31 @@ def _environment_calls(played: Sequence[Sequence[tuple[Task, Rollout]]], config:
 def _is_usable(rollout: Rollout) -> bool:
     """Whether neither the environment nor the judge failed."""
     return rollout.stop != "error" and is_judged(rollout)
+
+
+def _failures(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """How many rollouts failed with which class of error, the commonest first."""
+    return dict(Counter(_failure(r)[0] for r in rollouts if not _is_usable(r)).most_common())
+
+
+def _failure(rollout: Rollout) -> tuple[str, str]:
+    """The class of what made a rollout unusable, and what was said of it."""
+    if rollout.stop != "error":
+        return "Judge", str(rollout.judgement and rollout.judgement.error)
+    kind, _, text = (rollout.error or "").partition(": ")
+    return kind, text
+
+
+def _first_failure(rollouts: Sequence[Rollout], kind: str) -> str:
+    found = (_failure(r) for r in rollouts if not _is_usable(r))
+    return next(text for name, text in found if name == kind)[:300]
+
+
+def _left_out(metrics: Mapping[str, float]) -> float:
+    """The share of a step's rollouts that failed, or that the judge did not score."""
+    failed, absent = metrics.get("failed_rollouts", 0.0), metrics.get("judge/absent", 0.0)
+    asked = absent + metrics.get("judge/judged", 0.0)
+    return failed + ((1 - failed) * absent / asked if asked else 0.0)
 
 
 def ordered_tasks(tasks: Sequence[Task], seed: int, first: int, count: int) -> list[Task]:
@@ -594,6 +719,25 @@ def _rollout_lines(
             }
         )
     return lines
+
+
+def _failed_lines(step: int, drawn: _Drawn, config: TrainConfig) -> list[Record]:
+    """The records of rollouts that failed in the step's first groups: without credit."""
+    return [
+        {
+            "step": step,
+            "split": "train",
+            "group": rollout.group,
+            "task": {"id": task.id, "question": task.question, "answers": list(task.answers), "kind": task.kind},
+            "rollout": json.loads(rollout.to_json()),
+            "advantages": None,
+            "baselines": {},
+            "loss_mask": [False] * len(rollout.turns),
+        }
+        for group in drawn.played[: config.log_groups]
+        for task, rollout in group
+        if rollout.stop == "error"
+    ]
 
 
 def _by_token(row: Row, config: TrainConfig) -> Record:

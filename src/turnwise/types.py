@@ -58,7 +58,7 @@ class Task:
 @dataclass(frozen=True, kw_only=True)
 class ToolResult:
     """What a tool call came to. `error` is None or the error class: `parse`, `unknown_tool`,
-    `bad_arguments`, `exception`, `timeout`, `bad_result`."""
+    `bad_arguments`, `exception`, `timeout`, `bad_result`, or `unavailable`, which ends the rollout as failed."""
 
     text: str
     error: str | None = None

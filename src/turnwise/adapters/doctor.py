@@ -24,11 +24,7 @@ class Finding:
 
 Check = Callable[[], Finding]
 
-TRAINERS: Mapping[str, str] = {
-    "trl": "turnwise.adapters.trl_checks",
-    "verl": "turnwise.adapters.verl_checks",
-    "skyrl": "turnwise.adapters.skyrl_checks",
-}
+TRAINERS: Mapping[str, str] = {name: f"turnwise.adapters.{name}_checks" for name in ("trl", "verl", "skyrl")}
 """The module of each trainer's checks."""
 
 

@@ -2,7 +2,7 @@
 
 SkyRL's environments return a reward per step, which its generator puts on the last token of that step's turn. But the
 mask that it hands to estimators is 1 on all tokens after the prompt, what the environment said included: turns are in
-`loss_mask`, which `TurnCredit` lays beside. Importing this needs neither SkyRL nor torch; `skyrl_main` is its trainer.
+`loss_mask`, which `TurnCredit` lays beside. Importing this needs neither SkyRL nor torch; `skyrl_trainer` does.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ from turnwise.credit import NEEDS, ONE_PER_ROLLOUT
 from turnwise.errors import ConfigError, InputError
 
 METRICS = "turn_credit/"
-MAIN = "turnwise.adapters.skyrl_main"
+MAIN = "turnwise.adapters.skyrl_trainer"
 """The module with SkyRL's trainer and entry point that hand estimators the turns."""
 
 

@@ -29,7 +29,7 @@ def releases() -> Finding:
 def imports() -> Finding:
     """SkyRL's trainer and ours can be imported."""
     try:
-        importlib.import_module("turnwise.adapters.skyrl_main")
+        importlib.import_module("turnwise.adapters.skyrl_trainer")
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         return Finding(what=f"SkyRL needs {missing}, which is not installed", fix=f"{INSTALL}  # or {missing} alone")
@@ -100,7 +100,7 @@ def credited(turn_rewards: list[list[float]]) -> Any:
 
 def bare_trainer(arguments: list[str]) -> Any:
     """Our trainer as configured, without what needs a GPU: models, engines, data."""
-    ours: Any = importlib.import_module("turnwise.adapters.skyrl_main")
+    ours: Any = importlib.import_module("turnwise.adapters.skyrl_trainer")
     trainer = object.__new__(ours.TurnPPOTrainer)
     trainer.cfg, trainer.all_metrics = ours.configured(arguments), {}
     trainer.tokenizer = SimpleNamespace(pad_token_id=0)

@@ -32,18 +32,26 @@ def search(query: str, /, *, corpus: str = "atlas", k: int = 3) -> None:
         console.print("No results.")
 
 
-def serve_search(*, corpus: str = "atlas", host: str = "127.0.0.1", port: int = 8765) -> None:
-    """Serve a corpus's search over HTTP, in Search-R1's format too.
+def serve_search(
+    *, corpus: str = "atlas", host: str = "127.0.0.1", port: int = 8765, token_env: str | None = None
+) -> None:
+    """Serve a corpus's search over HTTP, in Search-R1's format too. SIGHUP reads the corpus again, while it serves.
 
     Args:
         corpus: "atlas", a JSON-lines file, or a folder of text files.
-        host: Address to listen on; 0.0.0.0 lets other machines ask.
+        host: Address to listen on; another than this machine's own, such as 0.0.0.0, needs a token.
         port: Port to listen on; 0 takes any free one.
+        token_env: The environment variable that holds the token which clients must send.
     """
     from turnwise.search import open_index, search_server
+    from turnwise.search.server import reload_on_hangup
+    from turnwise.web import check_host, token_in
 
+    token = token_in(token_env)
+    check_host(host, token)
     index = open_index(corpus)
-    with search_server(index, host=host, port=port) as server:
+    with search_server(index, host=host, port=port, token=token) as server:
+        reload_on_hangup(server, lambda: open_index(corpus))
         print(f"{len(index):,} articles on http://{host}:{server.server_address[1]}; Ctrl-C stops")
         print("GET /search?q=...&k=3   POST /retrieve   GET /health", flush=True)
         try:

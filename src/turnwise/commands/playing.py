@@ -239,7 +239,8 @@ def serve(
         checkpoint: The run's best by validation, or its last.
         engine: What draws: hf in this process, or vllm on a GPU.
     """
-    from turnwise.serving.app import listening, load_served, make_app, server, token_in
+    from turnwise.serving.app import listening, load_served, make_app, server
+    from turnwise.web import token_in
 
     token = token_in(token_env)
     with listening(host, port, token=token) as sock:

@@ -70,6 +70,12 @@ class RowCache(Cache):
             for tensor in tensors:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
+    def wipe(self, rows: torch.Tensor) -> None:
+        """Forget rows that hold NaN or infinities, which would reach whoever has the row next (see `_room`)."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[rows] = 0
+
     def _through(
         self, stored: torch.Tensor, states: torch.Tensor, near: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:

@@ -24,10 +24,10 @@ from turnwise.engine import (
     Sampling,
     Watch,
     check_answered,
-    check_finite,
     check_prompt,
     fail_all,
     fork_onto_session,
+    not_finite_logits,
 )
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
@@ -472,7 +472,10 @@ class HFEngine:
             torch.from_numpy(rows.uniforms[active, place]).to(self._draws_on),
         )
         ids, values = tokens.cpu().numpy(), logprobs.cpu().numpy()
-        check_finite(values)
+        broken = ~np.isfinite(values)
+        if broken.any():
+            self._break(active[broken])
+            active, place, ids, values = (each[~broken] for each in (active, place, ids, values))
         rows.tokens[active, place] = ids
         rows.logprobs[active, place] = values
         rows.used[active] = self.stats.decode_steps
@@ -483,6 +486,16 @@ class HFEngine:
         done = self._is_stop[ids] | (place + 1 == rows.end[active])
         for row in active[done]:
             self._answer(int(row))
+
+    def _break(self, broken: np.ndarray) -> None:
+        """Answer rows whose logits are not finite with an error, each its own; nothing of them stays in the cache."""
+        rows = self._rows
+        self._cache.wipe(self._tensor(broken))
+        for row in broken.tolist():
+            request: Any = rows.request[row]
+            rows.active[row], rows.request[row], rows.length[row] = False, None, 0
+            if not request.future.done():
+                request.future.set_exception(not_finite_logits())
 
     def _answer(self, row: int) -> None:
         rows = self._rows

@@ -1,11 +1,14 @@
 """Environments from elsewhere: a module of the user's, Gymnasium, OpenEnv, TextWorld; see docs/environments.md."""
 
+import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turnwise.env import Environment
 from turnwise.envs.source import FIRST_SEEDS, Source, Split
+from turnwise.envs.timed import Timed
 from turnwise.errors import ConfigError, InputError, described
 from turnwise.tool_files import load_module
 from turnwise.types import Task
@@ -52,8 +55,11 @@ _KINDS: Mapping[str, Callable[[str], Source]] = {"gym": _gym, "openenv": _openen
 
 
 def _module_source(path: str) -> Source:
-    """The environments of a Python file: `make(task)`, perhaps `tasks(split)`, and the names of its REWARDS."""
+    """The environments of a Python file: `make(task)`, perhaps `tasks(split)`, the names of its REWARDS, TIMEOUT_S."""
     module = load_module(path)
+    timeout_s = getattr(module, "TIMEOUT_S", None)
+    if timeout_s is not None and not (type(timeout_s) in (int, float) and 0 < timeout_s < math.inf):
+        raise ConfigError(f"TIMEOUT_S in {path} must be seconds > 0; got {timeout_s!r}; give a number, or leave it out")
     make, tasks, rewards = (getattr(module, name, None) for name in ("make", "tasks", "REWARDS"))
     if not callable(make):
         raise ConfigError(f"{path} must define make(task), which returns an environment; it does not; write one")
@@ -77,7 +83,7 @@ def _module_source(path: str) -> Source:
 
     return Source(
         name=path,
-        make=made,
+        make=made if timeout_s is None else lambda task: Timed(functools.partial(made, task), timeout_s),
         tasks=None if tasks is None else lambda split: _own_tasks(path, tasks, split),
         task_of=lambda text: _asked(path, tasks, text),
         rewards=tuple(rewards),

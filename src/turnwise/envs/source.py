@@ -8,7 +8,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from turnwise.env import Environment, Step, TurnLimit
-from turnwise.errors import ConfigError, InputError, TurnwiseError, described, unknown_name
+from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.types import Action, Message, Stop, Task, ToolCall, ToolResult
 
 Split = Literal["train", "validation", "test"]
@@ -38,17 +38,30 @@ class Source:
     """Whether its environments can be copied between two steps."""
 
     def environment(self, task: Task, max_turns: int) -> Environment:
-        """A fresh environment that is left after `max_turns` turns. Raises InputError where none can be made."""
+        """A fresh environment that is left after `max_turns` turns; one that cannot be made fails as it starts.
+
+        Raises ConfigError where the options of its source are wrong, whatever the task.
+        """
         try:
             made = self.make(task)
-        except TurnwiseError:
-            raise
+        except ConfigError:
+            raise  # no task would do better
         except (Exception, SystemExit) as error:
-            raise InputError(
-                f"the environment {self.name} must be made for every task; got {described(error)} for task "
-                f"{task.id!r}; correct it, or the task"
-            ) from error
+            made = _Unmade(error)
         return TurnLimit(made, max_turns)
+
+
+class _Unmade:
+    """Stands for an environment that could not be made, so that its rollout alone fails."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def start(self) -> tuple[Message, ...]:
+        raise self._error
+
+    def step(self, text: str) -> Step:
+        raise self._error
 
 
 def missing_package(package: str) -> InputError:

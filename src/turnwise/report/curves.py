@@ -49,6 +49,8 @@ class Series:
     """One estimator in one chart."""
 
     style: int
+    arm: int
+    """Its place among the estimators of the page."""
     title: str
     seeds: tuple[Points, ...]
     mean: Points
@@ -78,7 +80,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     out = []
     for metric, (title, about) in titles.items():
         if metric in seen:
-            series = tuple(_series(runs, metric, n, style) for n, style in styles(runs).items())
+            series = tuple(_series(runs, metric, n, style, arm) for arm, (n, style) in enumerate(styles(runs).items()))
             series = tuple(s for s in series if s.values)
             if series:
                 out.append(Chart(metric=metric, title=title, about=about, series=series))
@@ -95,12 +97,13 @@ def styles(runs: Sequence[Run]) -> dict[str, int]:
     }
 
 
-def _series(runs: Sequence[Run], metric: str, estimator: str, style: int) -> Series:
+def _series(runs: Sequence[Run], metric: str, estimator: str, style: int, arm: int) -> Series:
     ours = [run for run in runs if run.estimator == estimator]
     seeds = tuple(p for run in ours if (p := _points(run, metric, "train")))
     checks = tuple(p for run in ours if (p := _points(run, metric, "validation")))
     return Series(
         style=style,
+        arm=arm,
         title=estimator_title(estimator),
         seeds=tuple(binned(p) for p in seeds),
         mean=binned(_over_runs(seeds, np.mean)),
@@ -188,6 +191,18 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def toggles(runs: Sequence[Run]) -> str:
+    """A check box per estimator, which the page's script listens to; nothing where there is one estimator."""
+    named = styles(runs)
+    if len(named) < 2:
+        return ""
+    boxes = "".join(
+        f'<label><input type="checkbox" value="{arm}" checked>{swatch(style)}{escaped(estimator_title(name))}</label>'
+        for arm, (name, style) in enumerate(named.items())
+    )
+    return f'<fieldset class="arms" hidden><legend>Methods in the charts</legend>{boxes}</fieldset>'
+
+
 def swatch(style: int) -> str:
     """The key of one estimator: its line and its validation marker."""
     return (
@@ -243,7 +258,7 @@ def _drawn(s: Series, at: Place) -> str:
     lines = [s.mean] if s.mean else list(s.seeds)
     parts += [f'<path class="mean" d="{_path([at(*p) for p in line])}"/>' for line in lines if line]
     parts += [_marker(s.style, *at(*p)) for p in s.validation]
-    return f'<g class="s{s.style}">{"".join(parts)}</g>'
+    return f'<g class="s{s.style}" data-arm="{s.arm}">{"".join(parts)}</g>'
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
@@ -281,7 +296,7 @@ def _readout(s: Series, rate: bool) -> str:
     if s.validation:
         checked = value_text(s.validation[-1][1], rate)
     return (
-        f'<tr><th scope="row">{swatch(s.style)}{escaped(s.title)}</th><td>{value}</td>'
+        f'<tr data-arm="{s.arm}"><th scope="row">{swatch(s.style)}{escaped(s.title)}</th><td>{value}</td>'
         f'<td class="spread">{spread}</td><td class="checked">{checked}</td></tr>'
     )
 

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 FORMAT = 1
 """The version of the run directory that this module reads."""
+SHOWN_STEPS = 12
+"""Steps of a run whose rollouts a report shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class Run:
     lines: tuple[MetricLine, ...]
     """In order of step; one per step and split."""
     rollouts: tuple[RolloutLine, ...] = ()
-    """Those of the first, the middle and the last recorded step."""
+    """Those of up to SHOWN_STEPS recorded steps, evenly spread from the first to the last."""
     evaluations: tuple[Evaluation, ...] = ()
     notes: tuple[str, ...] = ()
     """What was skipped, looks odd, or was warned of in training, one sentence each."""
@@ -232,9 +234,9 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
 
 
 def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
-    """The rollouts of the first, middle and last step, of training where it was recorded.
+    """The rollouts of some steps, of training where it was recorded.
 
-    Two passes, so that a file of many gigabytes needs memory for three steps only.
+    Two passes, so that a file of many gigabytes needs memory for those steps only.
     """
     where: list[tuple[str, int, int, str]] = [
         (place, offset, _field(data, "step", int, place), _field(data, "split", str, place))
@@ -242,7 +244,7 @@ def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
     ]
     split = "train" if any(w[3] == "train" for w in where) else None
     where = [w for w in where if split is None or w[3] == split]
-    wanted = set(first_middle_last(sorted({step for _, _, step, _ in where})))
+    wanted = set(spread_steps(sorted({step for _, _, step, _ in where})))
     lines = []
     with reader.path.open("rb") as file:
         for place, offset, step, _ in where:
@@ -252,11 +254,12 @@ def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
     return tuple(sorted(lines, key=lambda line: line.step))
 
 
-def first_middle_last(steps: Sequence[int]) -> tuple[int, ...]:
-    """The first, the middle and the last of sorted `steps`, or all where there are fewer."""
-    if len(steps) <= 3:
+def spread_steps(steps: Sequence[int]) -> tuple[int, ...]:
+    """SHOWN_STEPS of sorted `steps`, the first and the last among them, or all where there are fewer."""
+    if len(steps) <= SHOWN_STEPS:
         return tuple(steps)
-    return steps[0], steps[len(steps) // 2], steps[-1]
+    last = len(steps) - 1
+    return tuple(steps[round(i * last / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS))
 
 
 def _rollout_line(data: dict[str, Any], place: str) -> RolloutLine:

@@ -73,11 +73,24 @@
     });
   });
 
+  const arms = document.querySelector(".arms");
+  if (arms) {
+    arms.hidden = false;
+    arms.addEventListener("change", () => {
+      all("input", arms).forEach((box) => {
+        all(`.chart [data-arm="${box.value}"]`).forEach((part) => part.classList.toggle("off", !box.checked));
+      });
+    });
+  }
+
   const groups = all("details.group");
   const form = document.querySelector(".pickers");
   if (!form) return;
   form.hidden = false;
-  const [run, step, task] = all("select", form);
+  const [run, task] = all("select", form);
+  const step = document.getElementById("pick-step");
+  const filters = document.querySelector(".filters");
+  filters.hidden = false;
   const fill = (select, values, keep) => {
     select.replaceChildren(
       ...values.map((value) => {
@@ -92,21 +105,59 @@
   const distinct = (list, key) => [...new Set(list.map((g) => g.dataset[key]))];
   const pick = () => {
     const ofRun = groups.filter((g) => g.dataset.run === run.value);
-    fill(step, distinct(ofRun, "step"), step.value);
-    const ofStep = ofRun.filter((g) => g.dataset.step === step.value);
+    const steps = distinct(ofRun, "step");
+    step.max = steps.length - 1;
+    const now = steps[Number(step.value)];
+    document.getElementById("step-now").textContent = now;
+    step.setAttribute("aria-valuetext", `step ${now}`);
+    const ofStep = ofRun.filter((g) => g.dataset.step === now);
     fill(task, distinct(ofStep, "task"), task.value);
     groups.forEach((g) => {
       const on = ofStep.includes(g) && g.dataset.task === task.value;
       g.open = on;
       g.hidden = !on;
     });
+    choose();
   };
+
+  // Cards of the group in view: which are shown, and in which order.
+  const value = (id) => document.getElementById(id).value;
+  const orders = {
+    return: (card) => Number(card.dataset.return),
+    credit: (card) => Math.max(Number(card.dataset.up), -Number(card.dataset.down)),
+    up: (card) => Number(card.dataset.up),
+    down: (card) => -Number(card.dataset.down),
+  };
+  const wanted = (card) => {
+    const errors = JSON.parse(card.dataset.errors);
+    const error = value("by-error");
+    return (
+      ["all", card.dataset.outcome].includes(value("by-outcome")) &&
+      (error === "all" || (error === "none" ? errors.length === 0 : errors.includes(error))) &&
+      (!document.getElementById("by-sign").checked || Number(card.dataset.sign) > 0)
+    );
+  };
+  const choose = () => {
+    const group = groups.find((g) => !g.hidden);
+    const cards = all(".card", group);
+    const key = orders[value("by-order")];
+    cards.sort((a, b) => key(b) - key(a));
+    cards.forEach((card) => (card.hidden = !wanted(card)));
+    cards[0].parentNode.append(...cards);
+    const sum = (list) => list.reduce((n, card) => n + Number(card.dataset.count), 0);
+    filters.querySelector("output").textContent =
+      `${sum(cards.filter((card) => !card.hidden))} of ${sum(cards)} rollouts`;
+  };
+  filters.addEventListener("change", choose);
+  filters.addEventListener("submit", (event) => event.preventDefault());
   const runs = distinct(groups, "run");
   const first = document.querySelector("details.group[open]") || groups[0];
   fill(run, runs, first.dataset.run);
-  form.addEventListener("change", pick);
+  form.addEventListener("input", pick);
   form.addEventListener("submit", (event) => event.preventDefault());
-  fill(step, [first.dataset.step], first.dataset.step);
+  const firstSteps = distinct(groups.filter((g) => g.dataset.run === run.value), "step");
+  step.max = firstSteps.length - 1;
+  step.value = firstSteps.indexOf(first.dataset.step);
   fill(task, [first.dataset.task], first.dataset.task);
   pick();
 

@@ -72,6 +72,7 @@ def page(runs: Sequence[Run]) -> str:
         methods=_methods(runs),
         tables=_tables(paper_table(runs), curves.styles(runs)),
         notes=_notes(table_notes(runs)),
+        arms=curves.toggles(runs),
         charts=curves.figures(charts) or "<p>No metric of these runs has a chart.</p>",
         rollouts=transcripts.section(shown) if shown else "<p>These runs recorded no rollouts.</p>",
         scope=escaped(_scope(runs, shown)),
@@ -165,5 +166,5 @@ def _scope(runs: Sequence[Run], shown: Sequence[transcripts.Group]) -> str:
     recorded = sum(len(run.rollouts) for run in runs)
     if not recorded:
         return ""
-    text = f"The page holds {_count(kept, 'rollout')} from the first, middle and last recorded step"
-    return f"{text} ({recorded} were recorded there)." if recorded > kept else f"{text}."
+    text = f"The page holds {_count(kept, 'rollout')} from steps that are evenly spread over training"
+    return f"{text} ({recorded} were recorded in those)." if recorded > kept else f"{text}."

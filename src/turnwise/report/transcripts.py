@@ -3,22 +3,25 @@
 Everything is plain HTML and CSS; the page's script only chooses which group is in view.
 """
 
+import json
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from turnwise.report.data import RolloutLine, Run, first_middle_last
+from turnwise.report.data import RolloutLine, Run, spread_steps
 from turnwise.report.tables import estimator_order, estimator_title
 from turnwise.report.text import escaped, marked_up, one_line, shortened
 from turnwise.report.why import number, outcome_reward, reasons, signed, total_reward, turn_reward
 from turnwise.types import ToolResult
 
-MAX_ROLLOUTS = 300
+MAX_ROLLOUTS = 600
 MAX_GROUP = 32
 MAX_TEXT_CHARS = 3_000_000
 TURN_CHARS, RESULT_CHARS = 4_000, 2_000
+OUTCOMES = ("right", "wrong", "no answer", "not checked")
+AGAINST = "Its own reward points the other way."
 STOPS = {
     "answer": "gave its answer",
     "no_action": "neither called a tool nor answered",
@@ -41,8 +44,8 @@ class Group:
 def groups(runs: Sequence[Run]) -> list[Group]:
     """The groups to show, at most MAX_ROLLOUTS rollouts.
 
-    One run of each estimator comes first, and of each the first groups of the first, the middle and
-    the last step.
+    One run of each estimator comes first, and of each the first groups of every step that the
+    runs were read with.
     """
     queue: list[tuple[int, int, Group]] = []
     for estimator in estimator_order(runs):
@@ -68,7 +71,7 @@ def _groups_of_run(run: Run) -> Iterator[tuple[int, Group]]:
     by_key: dict[tuple[int, int, str], list[RolloutLine]] = {}
     for line in run.rollouts:
         by_key.setdefault((line.step, line.rollout.group, line.task.id), []).append(line)
-    steps = first_middle_last(sorted({step for step, _, _ in by_key}))
+    steps = spread_steps(sorted({step for step, _, _ in by_key}))
     for step in steps:
         here = [tuple(lines) for (s, _, _), lines in by_key.items() if s == step]
         yield from ((nth, Group(run=run, step=step, lines=x)) for nth, x in enumerate(here))
@@ -97,10 +100,61 @@ def section(shown: Sequence[Group]) -> str:
     body = "".join(_group(g, g is first, scale) for g in shown)
     return (
         '<form class="pickers" hidden><label>Run <select id="pick-run"></select></label>'
-        '<label>Step <select id="pick-step"></select></label>'
+        '<label><span>Training step <b id="step-now"></b></span>'
+        '<input type="range" id="pick-step" min="0" step="1"></label>'
         '<label class="wide">Question <select id="pick-task"></select></label></form>'
-        f"{_legend(scale)}{body}"
+        f"{_filters(shown)}{_legend(scale)}{body}"
     )
+
+
+def _filters(shown: Sequence[Group]) -> str:
+    """Which rollouts of a group are in view, and in which order; options that no rollout has are left out."""
+    lines = [line for group in shown for line in group.lines]
+    outcomes = [name for name in OUTCOMES if any(_outcome(line) == name for line in lines)]
+    errors = sorted({error for line in lines for error in _errors(line)})
+    return (
+        '<form class="filters" hidden>'
+        f'<label>Outcome <select id="by-outcome">{_options(["all", *outcomes])}</select></label>'
+        f'<label>Tool error <select id="by-error">{_options(["all", "none", *errors])}</select></label>'
+        '<label>Order <select id="by-order"><option value="return">highest return</option>'
+        '<option value="credit">largest credit</option><option value="up">most praised turn</option>'
+        '<option value="down">most blamed turn</option></select></label>'
+        '<label class="tick"><input type="checkbox" id="by-sign">credit against a turn’s own reward</label>'
+        '<output aria-live="polite"></output></form>'
+    )
+
+
+def _options(names: Sequence[str]) -> str:
+    return "".join(f'<option value="{escaped(n)}">{escaped(one_line(n))}</option>' for n in names)
+
+
+def _outcome(line: RolloutLine) -> str:
+    """One of OUTCOMES."""
+    right = _is_right(line)
+    if right is not None:
+        return "right" if right else "wrong"
+    return "no answer" if line.rollout.answer is None else "not checked"
+
+
+def _errors(line: RolloutLine) -> set[str]:
+    return {result.error for turn in line.rollout.turns for result in turn.results if result.error}
+
+
+def against_own_reward(group: Sequence[RolloutLine]) -> list[tuple[int, ...]]:
+    """The turns of each rollout whose credit has the sign opposite to that of their own reward.
+
+    Which is the reward minus its mean over the turns at the same place of the group; as the metric `sign_flips` counts.
+    """
+    found = []
+    for line in group:
+        turns = []
+        for k, advantage in enumerate(line.advantages or ()):
+            here = [turn_reward(other, k) for other in group if k < len(other.rollout.turns)]
+            better = turn_reward(line, k) - math.fsum(here) / len(here)
+            if min(abs(better), abs(advantage)) > 1e-9 and better * advantage < 0:
+                turns.append(k)
+        found.append(tuple(turns))
+    return found
 
 
 def _legend(scale: float) -> str:
@@ -130,12 +184,14 @@ def _opened(shown: Sequence[Group]) -> Group:
 
 def _group(group: Group, opened: bool, scale: float) -> str:
     run, first = group.run, group.lines[0]
-    why = reasons(group.lines, run.config)
+    why, against = reasons(group.lines, run.config), against_own_reward(group.lines)
     order = sorted(range(len(group.lines)), key=lambda i: -total_reward(group.lines[i]))
     alike: dict[Hashable, list[int]] = {}
     for i in order[:MAX_GROUP]:
         alike.setdefault(_content(group.lines[i]), []).append(i)
-    cards = "".join(_card(group.lines[same[0]], why[same[0]], scale, len(same)) for same in alike.values())
+    cards = "".join(
+        _card(group.lines[same[0]], why[same[0]], scale, len(same), against[same[0]]) for same in alike.values()
+    )
     title = f"{estimator_title(run.estimator)}, seed {run.seed}"
     question = one_line(shortened(first.task.question, 1_000))
     golds = ", ".join(first.task.answers[:5]) + (" …" if len(first.task.answers) > 5 else "")
@@ -170,7 +226,7 @@ def _tally(group: Group) -> str:
     text += f". Mean turn reward {number(own)}, mean outcome {number(outcome)}."
     if n > MAX_GROUP:
         text += f" The {MAX_GROUP} with the highest return are shown."
-    return text + " Highest return first."
+    return text
 
 
 def _ran_tool(line: RolloutLine) -> bool:
@@ -181,16 +237,28 @@ def _is_right(line: RolloutLine) -> bool | None:
     """Whether the answer is exactly right, or the environment says so; None where neither a reward nor it does."""
     if line.rollout.success is not None:
         return line.rollout.success
-    value = line.rollout.outcome_rewards.get("exact_match")
+    rewards = line.rollout.outcome_rewards
+    value = rewards.get("exact_match", rewards.get("correct"))
     return None if value is None else value > 0
 
 
-def _card(line: RolloutLine, why: Sequence[str], scale: float, count: int) -> str:
-    turns = "".join(_turn(line, k, why[k], scale) for k in range(len(line.rollout.turns)))
+def _card(line: RolloutLine, why: Sequence[str], scale: float, count: int, against: Sequence[int]) -> str:
+    credit = [a for a in line.advantages or () if math.isfinite(a)] or [0.0]
+    facts = {
+        "outcome": _outcome(line),
+        "errors": json.dumps(sorted(_errors(line))),
+        "sign": str(len(against)),
+        "return": f"{total_reward(line):.6g}",
+        "up": f"{max(credit):.6g}",
+        "down": f"{min(credit):.6g}",
+        "count": str(count),
+    }
+    marks = "".join(f' data-{name}="{escaped(value)}"' for name, value in facts.items())
+    turns = "".join(_turn(line, k, why[k], scale, k in against) for k in range(len(line.rollout.turns)))
     if line.rollout.error:
         turns += f'<p class="failed">{escaped(shortened(line.rollout.error, 500))}</p>'
     return (
-        f'<article class="card">{_verdict(line, count)}{turns}<footer>'
+        f'<article class="card"{marks}>{_verdict(line, count)}{turns}<footer>'
         f"Return {number(total_reward(line))}: {escaped(_sum_text(line))}</footer></article>"
     )
 
@@ -218,7 +286,7 @@ def _sum_text(line: RolloutLine) -> str:
     return " + ".join([*parts, f"outcome {number(outcome_reward(line))}"])
 
 
-def _turn(line: RolloutLine, k: int, why: str, scale: float) -> str:
+def _turn(line: RolloutLine, k: int, why: str, scale: float, against: bool) -> str:
     turn = line.rollout.turns[k]
     advantage = None if line.advantages is None else line.advantages[k]
     finite = advantage is not None and math.isfinite(advantage)
@@ -227,12 +295,13 @@ def _turn(line: RolloutLine, k: int, why: str, scale: float) -> str:
     masked = line.loss_mask is not None and not line.loss_mask[k]
     results = "".join(_result(result, line.task.answers) for result in turn.results)
     text = marked_up(shortened(turn.text, TURN_CHARS), ())
+    note = f'<b class="against">{AGAINST}</b>' if against else ""
     return (
         f'<div class="turn {_sign(advantage)}{" masked" if masked else ""}" tabindex="0" '
         f'style="--w:{weight:.2f}"><div class="head"><span>turn {k + 1}'
         f"{' · not in the loss' if masked else ''}</span>"
         f'<strong class="adv">{badge}</strong></div><pre>{text or "(nothing)"}</pre>'
-        f'<p class="why">{escaped(why)}</p>{_tooltip(line, k)}</div>{results}'
+        f'<p class="why">{escaped(why)}{note}</p>{_tooltip(line, k)}</div>{results}'
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import http.client
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from turnwise.errors import ConfigError, ToolError
+from turnwise.errors import ConfigError, ToolUnavailable
 from turnwise.search.corpus import Article, ArticleLike, article_from_record
 from turnwise.search.index import SearchIndex
 from turnwise.tools import Found, Tool, tool
+from turnwise.web import whole_body
 
 RESULT_CAP = 2000
 """Most characters of a search result, by default: about three passages of 100 words."""
@@ -33,18 +35,21 @@ def search_tool(index: SearchIndex, *, k: int = 1, cap: int = RESULT_CAP) -> Too
     return tool(search, result_cap=cap, inline=True)
 
 
-def remote_search_tool(url: str, *, k: int = 1, timeout_s: float = 10.0, cap: int = RESULT_CAP) -> Tool:
+def remote_search_tool(
+    url: str, *, k: int = 1, timeout_s: float = 10.0, cap: int = RESULT_CAP, token: str | None = None
+) -> Tool:
     """The same tool over a search server: `turnwise serve-search`, or Search-R1's.
 
     `url` is the server's address, with or without `/retrieve`. A server that fails, is too slow or
-    answers anything else than articles is an error result for the agent, never an empty one.
+    answers anything else than articles is no fault of the agent's: the result is `unavailable`, and its rollout fails.
+    A `token` is what a server that listens elsewhere asks for.
     """
     _check_k(k)
     address = _retrieve_url(url)
 
     def search(query: str) -> str:
         """Looks up articles by keywords and returns the best match."""
-        return _found(_retrieved(address, query, k, timeout_s), cap)
+        return _found(_retrieved(address, query, k, timeout_s, token), cap)
 
     return tool(search, result_cap=cap)
 
@@ -84,21 +89,23 @@ def _retrieve_url(url: str) -> str:
     return base if base.endswith("/retrieve") else f"{base}/retrieve"
 
 
-def _retrieved(url: str, query: str, k: int, timeout_s: float) -> list[ArticleLike]:
-    """A server's articles for a query; ToolError where it has none to give."""
+def _retrieved(url: str, query: str, k: int, timeout_s: float, token: str | None) -> list[ArticleLike]:
+    """A server's articles for a query; ToolUnavailable where it has none to give."""
+    deadline = time.monotonic() + timeout_s
     body = json.dumps({"queries": [query], "topk": k, "return_scores": True}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    bearer = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **bearer})
     local = urllib.parse.urlsplit(url).hostname in _LOCAL_HOSTS
     handlers = [urllib.request.ProxyHandler({})] if local else []
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as response:
-            answer = json.loads(response.read())
+            answer = json.loads(whole_body(response, deadline))
     except urllib.error.HTTPError as error:
         error.close()
-        raise ToolError(f"the search server answered with status {error.code}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ToolUnavailable(f"the search server answered with status {error.code}") from error
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise ToolError(f"the search server gave no answer ({reason})") from error
+        raise ToolUnavailable(f"the search server gave no answer ({str(reason)[:200]})") from error
     return _articles(answer)
 
 
@@ -109,7 +116,7 @@ def _articles(answer: Any) -> list[ArticleLike]:
         documents = [entry.get("document", entry) for entry in entries]
         return [_article(document) for document in documents]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ToolError("the search server's answer holds no list of articles") from error
+        raise ToolUnavailable("the search server's answer holds no list of articles") from error
 
 
 def _article(document: dict[str, Any]) -> Article:

@@ -10,11 +10,8 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import hmac
-import ipaddress
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -34,6 +31,7 @@ from turnwise.evaluation import Checkpoint, make_engine, make_engines, rollout_l
 from turnwise.serving.shapes import ApiError, ChatRequest, chat_request, model_list, new_head
 from turnwise.serving.talk import RAW, Answer, Job, Served, prepared
 from turnwise.setting import make_tools, played_protocol
+from turnwise.web import check_host, has_token
 
 DEFAULT_PORT = 8000
 MAX_BODY_BYTES = 4_000_000
@@ -103,11 +101,7 @@ def listening(host: str, port: int, *, token: str | None) -> socket.socket:
     """
     if not 0 <= port <= 65535:
         raise ConfigError(f"port must be between 0 and 65535; got {port}; 0 takes any free one")
-    if not token and not _is_loopback(host):
-        raise ConfigError(
-            f"host must be this machine's own, such as 127.0.0.1, where there is no token; got {host!r}; name the "
-            "variable of a token with --token-env"
-        )
+    check_host(host, token)
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -121,28 +115,6 @@ def listening(host: str, port: int, *, token: str | None) -> socket.socket:
             f"another {'host' if at_host else 'port'}"
         ) from error
     return sock
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def token_in(variable: str | None) -> str | None:
-    """The token in an environment variable. ConfigError, without it, where there is none that can be sent."""
-    if variable is None:
-        return None
-    token = os.environ.get(variable, "").strip()
-    if len(token) < 8 or not all("!" <= character <= "~" for character in token):
-        raise ConfigError(
-            f"token-env must name a variable with a token of at least 8 printable ASCII characters; {variable} holds "
-            "none; set it"
-        )
-    return token
 
 
 # ------------------------------------------------------------------------------------------ routes
@@ -216,9 +188,7 @@ class _Desk:
 
     def check_token(self, request: Request) -> None:
         """ApiError, 401, unless the request has the token, where there is one."""
-        given = request.headers.get("authorization", "").partition(" ")
-        sent = given[2].strip() if given[0].lower() == "bearer" else ""
-        if self._token and not hmac.compare_digest(sent.encode(), self._token.encode()):
+        if not has_token(request.headers.get("authorization"), self._token):
             raise ApiError(401, "the server's token must be sent as a bearer token", code="invalid_api_key")
 
     async def _stream(self, job: Job, asked: ChatRequest) -> AsyncIterator[str]:

@@ -9,6 +9,7 @@ reason, before the command has run. Without places there is no isolation: the co
 bounds alone.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -53,6 +54,7 @@ def main(folder: str, memory_mb: str, cpu_s: str, disk_mb: str, *rest: str) -> i
     if child:
         return _exit_code(os.waitpid(child, 0)[1])
     try:
+        _forbid_namespaces()
         _move_to(folder, places, int(disk_mb))
         if is_root:
             _become_nobody()
@@ -114,6 +116,15 @@ def _name_users(process: int) -> int:
     except OSError:
         return 1
     return 0
+
+
+def _forbid_namespaces() -> None:
+    """Lets nothing inside make namespaces, in which it would be root once more and could mount without bounds.
+
+    Where the system shows its settings read-only that cannot be had.
+    """
+    with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w") as file:
+        file.write("0")
 
 
 def _become_nobody() -> None:

@@ -1,4 +1,4 @@
-"""SkyRL's trainer and entry point with turn credit: `trainer.override_entrypoint=turnwise.adapters.skyrl_main`.
+"""SkyRL's trainer and entry point with turn credit: `trainer.override_entrypoint=turnwise.adapters.skyrl_trainer`.
 
 For an entry point of one's own there are `TurnExp` in the place of `BasePPOExp`, and `TurnConfig`, SkyRL's
 configuration with `trainer.algorithm.turnwise` for the estimator's options. Importing this registers the estimators.

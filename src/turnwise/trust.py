@@ -1,0 +1,67 @@
+"""Which runs are this user's own: a stranger's may name code, and whoever plays it would execute that.
+
+Every run's config.json is sealed with a key that stands in the user's configuration folder and in no run.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from turnwise.config import TrainConfig
+from turnwise.errors import RunError
+
+TRUST = "TURNWISE_TRUST"
+"""The environment variable that says, as 1, that the code which runs name has been read."""
+PLAIN_TOOLS = ("search", "calculator", "python")
+
+
+def named_code(config: TrainConfig) -> list[str]:
+    """What playing a run would execute: its options that name Python files or commands, as `option = value`."""
+    tools = [part.strip() for part in (config.tools or "").split(",")]
+    found = [f"tools = {part}" for part in tools if part and part not in PLAIN_TOOLS]
+    found += [f"rewards = {config.rewards}"] if config.rewards else []
+    environment = config.environment or ""
+    return found + ([f"environment = {environment}"] if environment.endswith(".py") else [])
+
+
+def check_own(path: Path, content: str, seal: object, config: TrainConfig) -> None:
+    """RunError where a run names code and was not written here by this user, nor is said to be trusted."""
+    code = named_code(config)
+    if not code or os.environ.get(TRUST) == "1" or (isinstance(seal, str) and _is_own(content, seal)):
+        return
+    raise RunError(
+        f"{path} must be a run that you made here, as playing it executes what it names; it is from elsewhere, or its "
+        f"config.json was edited, and it has {', '.join(code)}; read that, then set {TRUST}=1"
+    )
+
+
+def seal_of(content: str) -> str | None:
+    """The seal of a text; None where the user has no folder for the key."""
+    try:
+        return hmac.new(_key(), content.encode(), hashlib.sha256).hexdigest()
+    except OSError:
+        return None
+
+
+def _is_own(content: str, seal: str) -> bool:
+    own = seal_of(content)
+    return own is not None and hmac.compare_digest(own.encode(), seal.encode())
+
+
+def _key() -> bytes:
+    """The user's key, made where there is none. OSError where it can be neither read nor written."""
+    file = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "turnwise" / "key"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"key-{secrets.token_hex(8)}")
+        partial.touch(mode=0o600)
+        partial.write_bytes(secrets.token_bytes(32))
+        try:
+            os.link(partial, file)  # of two processes that make one, the first stands
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+    return file.read_bytes()
