@@ -99,7 +99,7 @@ def training_batch(rollouts: list[Rollout], estimator: str, *, padding_rows: int
     for row, own in zip(rewards, output["rewards"], strict=True):
         row[len(row) - len(own) :] = own
     whole = [p + r for p, r in zip(output["prompt_token_ids"], output["response_ids"], strict=True)]
-    width = max(max(map(len, whole)), batch.action.shape[1])
+    width = max(map(len, whole)) + batch.action.shape[1]
     values = None
     if estimator in WITH_CRITIC:
         values = np.zeros(batch.action.shape, np.float32)
