@@ -98,7 +98,6 @@ def test_outside_our_trainer_it_is_refused():
         ({"step_wise_trajectories": True}, "step_wise_trajectories must be False"),
         ({"use_kl_in_reward": True}, "use_kl_loss=True"),
         ({"zero_variance_filter": True}, "zero_variance_filter must be False"),
-        ({"policy_loss_type": "gspo"}, "take 'regular'"),
     ],
 )
 def test_what_would_distort_turn_credit_is_refused(option: dict[str, Any], said: str):

@@ -23,13 +23,10 @@ from turnwise.adapters.rows import (
     row_credit,
     token_advantages,
 )
-from turnwise.credit import ONE_PER_ROLLOUT
 from turnwise.errors import ConfigError, unknown_name
 
 PREFIX = "turnwise/"
 """What the estimators' names begin with in SkyRL's registry."""
-BY_SEQUENCE = ("gspo",)
-"""SkyRL's losses with one ratio per rollout, whose gradient is the same at all of its tokens."""
 _texts: tuple[np.ndarray, np.ndarray, Sequence[Sequence[int]]] | None = None
 """Response ids, where there are any, and prompts of the batch whose credit is computed; None outside our trainer."""
 
@@ -120,11 +117,6 @@ def refusals(config: Any, options: Mapping[str, Any] | None = None) -> list[str]
         found.append(
             "trainer.algorithm.zero_variance_filter must be False: it drops groups by their rollouts' sums, though "
             "their turns may differ"
-        )
-    if algorithm.policy_loss_type in BY_SEQUENCE and estimator not in ONE_PER_ROLLOUT:
-        found.append(
-            f"trainer.algorithm.policy_loss_type must have a ratio per token; got {algorithm.policy_loss_type!r}: one "
-            "ratio per rollout has the same gradient at all of its tokens; take 'regular'"
         )
     return found
 
