@@ -68,6 +68,17 @@ def points(taken: list[str]) -> list[tuple[str, int]]:
     ]
 
 
+def broken(forks: Forks, folder: Path, world, whole, chosen: list[tuple[str, int]]) -> list[str]:
+    """Which of the chosen faults a run did not survive, and how."""
+    found = []
+    for number, (fault, at) in enumerate(chosen):
+        try:
+            survived(forks, folder / f"run{number}", world, whole[0], fault=fault, at=at)
+        except AssertionError as error:
+            found.append(f"{fault} at {at}, {whole[1][at - 1]}: {error}")
+    return found
+
+
 def test_two_runs_are_equal(forks: Forks, world, whole, tmp_path: Path):
     again = Forks(tmp_path)  # another process, with another order of sets
     try:
@@ -78,11 +89,8 @@ def test_two_runs_are_equal(forks: Forks, world, whole, tmp_path: Path):
 
 
 def test_a_sample_of_faults_is_survived(forks: Forks, world, whole, tmp_path: Path):
-    for number, (fault, at) in enumerate(random.Random(0).sample(points(whole[1]), 12)):
-        try:
-            survived(forks, tmp_path / f"run{number}", world, whole[0], fault=fault, at=at)
-        except AssertionError as error:
-            raise AssertionError(f"{fault} at {at}, {whole[1][at - 1]}: {error}") from error
+    chosen = random.Random(0).sample(points(whole[1]), 12)
+    assert broken(forks, tmp_path, world, whole, chosen) == []
 
 
 def test_records_that_could_not_be_written_come_once(forks: Forks, world, whole, tmp_path: Path):
@@ -97,17 +105,16 @@ def test_records_that_could_not_be_written_come_once(forks: Forks, world, whole,
 @pytest.mark.parametrize("fault", FAULTS)
 def test_operations_all_over_a_run_survive_the_fault(forks: Forks, world, whole, tmp_path: Path, fault: str):
     """Every twelfth, each fault's from another one on; `python benchmarks/kill.py --points 0` tries all."""
-    broken = []
-    for at in [at for kind, at in points(whole[1]) if kind == fault][FAULTS.index(fault) :: 12]:
-        try:
-            survived(forks, tmp_path / f"run{at}", world, whole[0], fault=fault, at=at)
-        except AssertionError as error:
-            broken.append(f"{fault} at {at}, {whole[1][at - 1]}: {error}")
-    assert not broken
+    chosen = [point for point in points(whole[1]) if point[0] == fault][FAULTS.index(fault) :: 12]
+    assert broken(forks, tmp_path, world, whole, chosen) == []
 
 
 @pytest.mark.slow
 def test_a_kill_at_any_time_is_survived(forks: Forks, world, whole, tmp_path: Path):
     moments = random.Random(1)
-    for number in range(30):
+    ends = [
         survived(forks, tmp_path / f"run{number}", world, whole[0], kill_after_s=moments.uniform(0, 1.5))
+        for number in range(30)
+    ]
+    assert set(ends) <= {"was killed", "went on"}
+    assert "was killed" in ends

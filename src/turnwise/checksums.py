@@ -32,8 +32,8 @@ def damage(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS} cannot be read: {error}"
     listed = [line.split("  ", 1) for line in text.splitlines()]
-    if not listed or any(len(entry) != 2 for entry in listed):
-        return f"{CHECKSUMS} lists no files"
+    if not listed or any(len(entry) != 2 or Path(entry[1]).name != entry[1] for entry in listed):
+        return f"{CHECKSUMS} lists no files of this folder"
     for expected, name in listed:
         fault = changed(folder / name, expected)
         if fault:

@@ -27,36 +27,14 @@ from turnwise.tools import tool
 from turnwise.types import Action, Message, Rollout, Task, ToolCall, ToolResult, Turn, rollout_from_json
 
 EMBEDDED = Path(__file__).parent / "data" / "policy"
+# fmt: off
 MARKUP = (
-    *("<script>alert(1)</script>", '"><img src=x onerror=y>', "' onclick='x", "</pre>", "<!--", "-->", "]]>", "&lt;"),
-    *(
-        "&#x3c;b&#x3e;",
-        "[red]",
-        "[/]",
-        "[link=file:x]",
-        "$x",
-        "${x}",
-        "{{ x }}",
-        "{% raw %}",
-        "%s",
-        "../../x",
-        "; rm x",
-    ),
-    *(
-        "\x1b[2J",
-        "\x1b]0;x\x07",
-        "\x1b]8;;x\x1b\\",
-        "\x9b31m",
-        "\x9d",
-        "\x08",
-        "\r",
-        "\x7f",
-        "\x85",
-        "\u2028",
-        "\u2029",
-    ),
-    *("\u202e", "\u2066", "\u200b", "\ufeff", "\U000e0041", "\udc00", "\ud83d", "\ufdd0", "\ufdd1", "\uffff"),
+    "<script>alert(1)</script>", '"><img src=x onerror=y>', "' onclick='x", "</pre>", "<!--", "-->", "]]>", "&lt;",
+    "&#x3c;b&#x3e;", "[red]", "[/]", "[link=file:x]", "$x", "${x}", "{{ x }}", "{% raw %}", "%s", "../../x", "; rm x",
+    "\x1b[2J", "\x1b]0;x\x07", "\x1b]8;;x\x1b\\", "\x9b31m", "\x9d", "\x08", "\r", "\x7f", "\x85", "\u2028", "\u2029",
+    "\u202e", "\u2066", "\u200b", "\ufeff", "\U000e0041", "\udc00", "\ud83d", "\ufdd0", "\ufdd1", "\uffff",
 )
+# fmt: on
 PIECES = (*NOISE, *MARKUP, *CONTROL, *MARKS, *TEXTS)
 CALL = '<tool>\n{"name": "look", "args": {}}\n</tool>'
 ANSWER = "<answer>\na\n</answer>"

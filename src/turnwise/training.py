@@ -699,19 +699,9 @@ def _rollout_lines(
         if rollout.group >= config.log_groups:
             continue
         rows = credited.table.rollout == i
-        task = by_id[rollout.task_id]
         lines.append(
             {
-                "step": step,
-                "split": "train",
-                "group": rollout.group,
-                "task": {
-                    "id": task.id,
-                    "question": task.question,
-                    "answers": list(task.answers),
-                    "kind": task.kind,
-                },
-                "rollout": json.loads(rollout.to_json()),
+                **_line_head(step, by_id[rollout.task_id], rollout),
                 "advantages": credit.advantages[rows].tolist(),
                 "baselines": {name: s.baseline[rows].tolist() for name, s in credit.streams.items()},
                 "loss_mask": [True] * len(rollout.turns),
@@ -721,15 +711,22 @@ def _rollout_lines(
     return lines
 
 
+def _line_head(step: int, task: Task, rollout: Rollout) -> Record:
+    """What every record of a rollout begins with."""
+    return {
+        "step": step,
+        "split": "train",
+        "group": rollout.group,
+        "task": {"id": task.id, "question": task.question, "answers": list(task.answers), "kind": task.kind},
+        "rollout": json.loads(rollout.to_json()),
+    }
+
+
 def _failed_lines(step: int, drawn: _Drawn, config: TrainConfig) -> list[Record]:
     """The records of rollouts that failed in the step's first groups: without credit."""
     return [
         {
-            "step": step,
-            "split": "train",
-            "group": rollout.group,
-            "task": {"id": task.id, "question": task.question, "answers": list(task.answers), "kind": task.kind},
-            "rollout": json.loads(rollout.to_json()),
+            **_line_head(step, task, rollout),
             "advantages": None,
             "baselines": {},
             "loss_mask": [False] * len(rollout.turns),

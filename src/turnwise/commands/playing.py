@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from turnwise.commands.terminal import open_console
-from turnwise.errors import ConfigError, InputError, RunError
+from turnwise.commands.terminal import check_place, open_console
+from turnwise.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from turnwise.evaluation import Evaluation
@@ -66,11 +65,8 @@ def evaluate(
     from turnwise.evaluation import evaluate as evaluated
     from turnwise.evaluation import is_run, write_evaluation
 
-    if name is not None and not re.fullmatch(r"[\w][\w.-]*", name):
-        raise ConfigError(f"name must be letters, digits, '-', '_' or '.'; got {name!r}; rename it")
+    check_place(name, out)
     target = out or (Path(run) if is_run(Path(run)) else None)
-    if target and not target.is_dir():
-        raise RunError(f"out must be a folder; {target} is none; make it, or choose another")
     evaluation = evaluated(
         run,
         tasks,

@@ -1,13 +1,12 @@
 """Commands that read what is there: reports, credit, audits, the laboratory, the doctor."""
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from turnwise.commands.terminal import open_console
+from turnwise.commands.terminal import check_place, open_console
 from turnwise.errors import ConfigError, InputError, RunError, unknown_name
 
 SHOWN_METHODS = ("grpo-or", "grpo-mr", "mt-grpo", "turn-rloo")
@@ -121,10 +120,7 @@ def audit(
     from turnwise.auditing import audit as audited
     from turnwise.display import audit_table
 
-    if not re.fullmatch(r"[\w][\w.-]*", name):
-        raise ConfigError(f"name must be letters, digits, '-', '_' or '.'; got {name!r}; rename it")
-    if out and not out.is_dir():
-        raise RunError(f"out must be a folder; {out} is none; make it, or choose another")
+    check_place(name, out)
     found = audited(
         run,
         tasks,
