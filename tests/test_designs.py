@@ -283,6 +283,12 @@ def test_a_run_that_another_comparison_has_finished_is_linked_and_not_made_again
         assert {path.name for path in (runs / "toy").iterdir()} == ({"same-1"} if linked else set())
     assert (runs / "toy" / "same-1").resolve() == done.resolve()
     designs.adopt(jobs, runs, 3)  # what is there stays
+    for name, text in (("half", "{"), ("odd", "[]"), ("bare", json.dumps({"eval_size": 3}))):
+        (runs / "other" / name).mkdir()
+        (runs / "other" / name / "record.json").write_text(text)
+    (runs / "toy" / "longer-0").symlink_to("gone")
+    designs.adopt(jobs, runs, 3)  # damaged runs are passed over, and links to what is gone are removed
+    assert {path.name for path in (runs / "toy").iterdir()} == {"same-1"}
 
 
 @pytest.mark.slow

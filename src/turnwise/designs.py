@@ -20,6 +20,7 @@ An arm may name another `baseline`. What is compared is shared: start, questions
 how long a run is.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -47,7 +48,7 @@ from turnwise.compare import (
     write_result,
 )
 from turnwise.config import TrainConfig, config_from_dict, config_to_dict, read_config_file
-from turnwise.errors import ConfigError, InputError, unknown_name
+from turnwise.errors import ConfigError, InputError, TurnwiseError, unknown_name
 from turnwise.paired import (
     FEWEST,
     Interval,
@@ -191,10 +192,13 @@ def adopt(jobs: Mapping[Key, TrainConfig], runs: Path, eval_size: int) -> None:
 
     finished = {}
     for path in sorted(runs.glob("*/*/record.json")):
-        if json.loads(path.read_text(encoding="utf-8")).get("eval_size") == eval_size:
-            finished[_identity(read_config(path.parent))] = path.parent
+        with contextlib.suppress(TurnwiseError, OSError, ValueError, AttributeError):  # a damaged run is nobody's
+            if json.loads(path.read_text(encoding="utf-8")).get("eval_size") == eval_size:
+                finished[_identity(read_config(path.parent))] = path.parent
     for job in jobs.values():
         found = finished.get(_identity(job))
+        if job.out.is_symlink() and not job.out.exists():
+            job.out.unlink()  # what it was linked to is gone
         if found is not None and not job.out.exists():
             job.out.symlink_to(os.path.relpath(found.resolve(), job.out.parent.resolve()))
 

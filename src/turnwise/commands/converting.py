@@ -44,14 +44,14 @@ def serve_search(
         token_env: The environment variable that holds the token which clients must send.
     """
     from turnwise.search import open_index, search_server
-    from turnwise.search.server import reload_on_hangup
+    from turnwise.search.server import heed_signals
     from turnwise.web import check_host, token_in
 
     token = token_in(token_env)
     check_host(host, token)
     index = open_index(corpus)
     with search_server(index, host=host, port=port, token=token) as server:
-        reload_on_hangup(server, lambda: open_index(corpus))
+        heed_signals(server, lambda: open_index(corpus))
         print(f"{len(index):,} articles on http://{host}:{server.server_address[1]}; Ctrl-C stops")
         print("GET /search?q=...&k=3   POST /retrieve   GET /health", flush=True)
         try:

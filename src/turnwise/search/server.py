@@ -14,6 +14,7 @@ What a client may take is bounded: its request in bytes and seconds, and how man
 takes the place of the one that is served between two requests; a request is answered from one of them.
 """
 
+import collections
 import contextlib
 import errno
 import io
@@ -79,6 +80,8 @@ class SearchServer(ThreadingHTTPServer):
         self.index = index
         self.k = k
         self.token = token
+        self.asked: collections.deque[Callable[[], None]] = collections.deque()
+        """What signals asked for; `serve_forever` does it between two requests."""
         self._places = threading.BoundedSemaphore(MAX_CLIENTS)
         super().__init__(address, _Handler)
 
@@ -90,6 +93,11 @@ class SearchServer(ThreadingHTTPServer):
             request.settimeout(0)  # who does not take even this is not waited for
             request.send(_FULL)
         self.shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Does what was asked for."""
+        while self.asked:
+            self.asked.popleft()()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """The life of one connection."""
@@ -130,8 +138,12 @@ def search_server(
         ) from error
 
 
-def reload_on_hangup(server: SearchServer, opened: Callable[[], SearchIndex]) -> None:
-    """Lets SIGHUP replace the served index by `opened()`; one that cannot be had leaves the old one, with a warning."""
+def heed_signals(server: SearchServer, opened: Callable[[], SearchIndex]) -> None:
+    """Lets SIGINT end `serve_forever` with KeyboardInterrupt, and SIGHUP replace the served index by `opened()`.
+
+    An index that cannot be had leaves the old one, with a warning. The handlers only ask: a signal may come while the
+    interpreter holds a lock, or cleans up and loses what is raised.
+    """
 
     def reload() -> None:
         try:
@@ -140,8 +152,15 @@ def reload_on_hangup(server: SearchServer, opened: Callable[[], SearchIndex]) ->
         except TurnwiseError as error:
             logger.warning("the index stays as it was: %s", error)
 
+    def begin() -> None:
+        threading.Thread(target=reload, daemon=True).start()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, lambda *_: server.asked.append(stop))
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=reload, daemon=True).start())
+        signal.signal(signal.SIGHUP, lambda *_: server.asked.append(begin))
 
 
 # --------------------------------------------------------------------------- what is answered
