@@ -79,3 +79,10 @@ def test_without_a_folder_for_the_key_a_run_is_made_all_the_same(home, monkeypat
     run = make_run(home / "run", tools="tools.py")
     with pytest.raises(RunError, match="TURNWISE_TRUST=1"):
         run_config(run)
+
+
+def test_an_empty_key_seals_nothing(home):
+    (home / "mine" / "turnwise").mkdir(parents=True)
+    (home / "mine" / "turnwise" / "key").touch()
+    with pytest.raises(RunError, match="TURNWISE_TRUST=1"):
+        run_config(make_run(home / "run", tools="tools.py"))

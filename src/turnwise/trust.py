@@ -14,6 +14,7 @@ from turnwise.errors import RunError
 
 TRUST = "TURNWISE_TRUST"
 """The environment variable that says, as 1, that the code which runs name has been read."""
+KEY_BYTES = 32
 PLAIN_TOOLS = ("search", "calculator", "python")
 
 
@@ -51,17 +52,20 @@ def _is_own(content: str, seal: str) -> bool:
 
 
 def _key() -> bytes:
-    """The user's key, made where there is none. OSError where it can be neither read nor written."""
+    """The user's key, made where there is none. OSError where it can be neither read nor written, or is none."""
     file = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "turnwise" / "key"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"key-{secrets.token_hex(8)}")
         partial.touch(mode=0o600)
-        partial.write_bytes(secrets.token_bytes(32))
+        partial.write_bytes(secrets.token_bytes(KEY_BYTES))
         try:
             os.link(partial, file)  # of two processes that make one, the first stands
         except FileExistsError:
             pass
         finally:
             partial.unlink()
-    return file.read_bytes()
+    key = file.read_bytes()
+    if len(key) < KEY_BYTES:
+        raise OSError(f"{file} is no key")  # one that anybody could guess
+    return key
