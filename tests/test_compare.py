@@ -7,7 +7,7 @@ import pytest
 
 from turnwise import compare
 from turnwise.config import TrainConfig
-from turnwise.errors import ConfigError, InputError
+from turnwise.errors import ConfigError, RunError
 from turnwise.report.data import load_run
 from turnwise.rundir import create_run
 
@@ -235,6 +235,6 @@ def test_a_comparison_ends_with_the_first_run_that_fails(tmp_path: Path) -> None
         name="toy", results=tmp_path, runs=tmp_path / "runs", estimators=("mt-grpo",), seeds=4, jobs=1, eval_size=2,
         train=small,
     )  # fmt: skip
-    with pytest.raises(InputError, match="finite"):
+    with pytest.raises(RunError, match="finite"):
         compare.reproduce(config)
     assert len(list((tmp_path / "runs" / "toy").iterdir())) <= 2, "the others are not begun"

@@ -141,7 +141,7 @@ def test_an_http_server_that_comes_back_is_found_again():
     process.kill()
     process.wait()
     down = called(tools, "add", a=1)
-    assert down.error == "exception"
+    assert down.error == "unavailable"
     assert "ConnectionError: the MCP server" in down.text
     process = started(port)
     try:
