@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from chats import CODER, template_chat
-from turnwise.background import Gate, lasting_loop
+from turnwise.background import HANDED_AT_ONCE, Gate, lasting_loop
 from turnwise.chat import byte_chat
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
@@ -67,6 +67,26 @@ def test_coroutines_run_on_one_loop_that_outlives_the_rollouts():
     called(tool(which))
     called(tool(which))
     assert loops == [lasting_loop()] * 2
+
+
+def test_tools_begin_while_other_rollouts_still_have_their_turn():
+    began = threading.Event()
+
+    async def look() -> str:
+        """Looks."""
+        began.set()
+        return "x"
+
+    async def late() -> bool:
+        return began.wait(5)  # without giving the event loop back
+
+    async def scene() -> bool:
+        calls = (call_tool({"look": tool(look)}, ToolCall(name="look", arguments={})) for _ in range(HANDED_AT_ONCE))
+        *results, has_begun = await asyncio.gather(*calls, late())
+        assert {result.text for result in results} == {"x"}
+        return has_begun
+
+    assert asyncio.run(scene())
 
 
 def test_an_inline_function_runs_where_the_event_loop_does():
