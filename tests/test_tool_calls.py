@@ -81,8 +81,8 @@ def test_tools_begin_while_other_rollouts_still_have_their_turn():
         return began.wait(5)  # without giving the event loop back
 
     async def scene() -> bool:
-        calls = (call_tool({"look": tool(look)}, ToolCall(name="look", arguments={})) for _ in range(HANDED_AT_ONCE))
-        *results, has_begun = await asyncio.gather(*calls, late())
+        calls = [call_tool({"look": tool(look)}, ToolCall(name="look", arguments={})) for _ in range(HANDED_AT_ONCE)]
+        results, has_begun = await asyncio.gather(asyncio.gather(*calls), late())
         assert {result.text for result in results} == {"x"}
         return has_begun
 
