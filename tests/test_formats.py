@@ -48,6 +48,12 @@ def test_calls_as_written_read_back_equal(parse, text, made: list[ToolCall], tho
     assert parse(before + text(made)) == Action(reasoning=thoughts, tool_calls=tuple(made))
 
 
+@pytest.mark.parametrize(("parse", "text"), [(hermes_parse, hermes_text), (llama3_parse, llama3_text)])
+def test_an_argument_that_ends_thoughts_is_an_argument(parse, text):
+    made = [CALL, ToolCall(name="search", arguments={"query": "</think>"})]
+    assert parse(text(made)) == Action(tool_calls=tuple(made))
+
+
 lines = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"), max_size=12)
 
 
