@@ -63,12 +63,11 @@ def _plain(schema: Schema) -> Any:
 def thoughts_and_rest(text: str) -> tuple[str | None, str]:
     """The thoughts, and what follows them. Thoughts that are not closed are all there is.
 
-    The opening tag may be missing: some templates write it themselves. A message that begins with a call has no
-    thoughts, whatever its arguments say.
+    The opening tag may be missing: some templates write it themselves.
     """
     before, closed, rest = text.partition(_END_THINK)
-    opening, begun = f"<{THINK}>", text.lstrip()
-    if begun.startswith((f"<{CALL}>", "{")) or not (closed or begun.startswith(opening)):
+    opening = f"<{THINK}>"
+    if not closed and not text.lstrip().startswith(opening):
         return None, text
     return before.lstrip().removeprefix(opening).strip() or None, rest
 
