@@ -3,9 +3,9 @@
     python benchmarks/trl_step.py [--turns 2 3 8] [--prompt-tokens 0 400] [--steps 2] [--tasks 4] [--group-size 8]
 
 All have the same model (the embedded policy, with a longer context), questions, search tool, group size, most tokens of
-a turn, temperature and credit, and as many turns: every message is a search until the last turn (`forced`). Where a
-policy goes in later turns is chance, so turns and sampled tokens of a rollout are printed for each. The learning rate is
-0, so that all draw from one policy. `--prompt-tokens` is the least length of a prompt; 0 leaves questions as they are.
+a turn, temperature and credit, and as many turns: every message is a search until the last turn (`forced`). How long a
+turn is is chance, so turns and sampled tokens of a rollout are printed for each. The learning rate is 0, so that all
+draw from one policy. `--prompt-tokens` is the least length of a prompt; 0 leaves questions as they are.
 
 * native: the in-process engine, our update, one engine and one micro-batch at a time;
 * generate: `model.generate` for every turn and one padded batch for the loss (`plain`);
@@ -112,9 +112,7 @@ def compare(options: argparse.Namespace, turns: int, prompt_tokens: int, folder:
     for step in range(options.steps + 1):  # the first one warms up
         for name, way in found.items():
             seen[name].append(way.step(step))
-    rows = {
-        name: [statistics.median(column) for column in zip(*own[1:], strict=True)] for name, own in seen.items()
-    }
+    rows = {name: [statistics.median(column) for column in zip(*own[1:], strict=True)] for name, own in seen.items()}
     length = prompt_tokens or "short"
     print(f"\n{turns} turns, prompts {length}: {options.tasks} questions x {options.group_size} rollouts")
     for name, (step_s, rollout_s, played, sampled) in rows.items():
