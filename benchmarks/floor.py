@@ -2,9 +2,9 @@
 
     python benchmarks/floor.py [--shapes 8x12 16x16] [--steps 4] [--taught 8]
 
-A step of GRPO training on the atlas, questions x rollouts, by the real loop on one thread (`turnwise.train`), after a few
-steps of teaching so that the policy uses its tool. Each part is timed where it happens (CPU seconds); what no part holds
-is "the rest". Beside it stands what had to be done, counted without padding, and with what is equal counted once:
+A step of training on the atlas, questions x rollouts, by the real loop on one thread (`turnwise.train`), after a few
+steps of teaching so that the policy uses its tool. Each part is timed where it happens (CPU seconds); what no part
+holds is "the rest". Beside it stands what had to be done, without padding, and with what is equal counted once:
 
 * prefill, decode, forward, backward: multiplications and additions (`flops` below);
 * optimiser: AdamW reads weights, gradients and two moments and writes three of them, 28 bytes a float32 weight;

@@ -1,9 +1,9 @@
 """The same work for whoever does it: rollouts in which every message is a search until the last granted turn.
 
-Whatever the policy says, its message is taken for a call of the search tool: with the query in it, or else with its last
-words. So all who play have the same number of turns, of the same policy's own length, and no training is needed for that.
-Credit comes of rewards that differ from rollout to rollout, so that every rollout has a gradient. Questions are made as
-long as wanted by putting articles of the embedded world before them, different ones before each.
+Whatever the policy says, its message is taken for a call of the search tool: with the query in it, or else with its
+last words. So all who play have the same number of turns, of the same policy's own length, and no training is needed
+for that. Credit comes of rewards that differ from rollout to rollout, so that every rollout has a gradient. Questions
+are made as long as wanted by putting articles of the embedded world before them, different ones before each.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--steps 1]
 
 Forced turns of the search agent (`forced`), one thread, CPU seconds, medians over steps. The base is 4 questions x 8
-rollouts of 3 turns with short prompts and the embedded model's own shape, three layers of width 128, with random weights.
-Each number is printed beside the base's: rollouts, update, and what had to be done, in sampled tokens and in positions
-that the update computed.
+rollouts of 3 turns with short prompts and the embedded model's own shape, three layers of width 128, with random
+weights. Each number is printed beside the base's: rollouts, update, and what had to be done, in sampled tokens and in
+positions that the update computed.
 """
 
 import os
@@ -75,14 +75,14 @@ def measured(point: Point, steps: int) -> dict[str, float]:
     )
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
     rows: list[tuple[float, float, float, float]] = []
-    for step in range(steps + 1):  # the first one warms up
+    for step in range(steps):
         start = time.process_time()
         rollouts = forced_rollouts(policy, setting, point.group, step)
         rolled = time.process_time()
         found: Any = learn(policy, optimizer, setting, rollouts)
         sampled = mean_sampled(rollouts) * len(rollouts)
         rows.append((rolled - start, time.process_time() - rolled, sampled, found["positions"]))
-    medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
     names = ("rollout_s", "update_s", "sampled", "positions")
     return {**dict(zip(names, medians, strict=True)), "parameters": sum(p.numel() for p in policy.model.parameters())}
 
@@ -96,6 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     base: dict[str, float] = {}
+    measured(BASE, 1)  # warms up
     for name, points in {"base": [BASE], **SWEEPS}.items():
         for point in points[-1:] if options.largest else points:
             found = measured(point, options.steps)

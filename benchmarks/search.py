@@ -9,10 +9,10 @@ the share of questions, as they are, of which an answer stands in title or text 
 passages as whole words. The second asks the atlas by entity name and by raw question: hit@k is the
 share for which the entity's own article is among the first k.
 
-`--others` asks the same questions, one at a time, of four engines over the same passages, in turns of a hundred: ours as
-the agent has it; tantivy as its own guide shows it, a title and a body that are stemmed, asked through its parser; tantivy
-alone on our index, given the terms that ours finds in the question, so without reading it and without titles; and bm25s
-with its stop words and a stemmer. Each gives five passages with their texts. Seconds are the process's CPU time.
+`--others` asks the same questions, one at a time, of four engines over the same passages, in turns of a hundred: ours
+as the agent has it; tantivy as its own guide shows it, a title and a body that are stemmed, asked through its parser;
+tantivy alone on our index, given the terms that ours finds in the question, so without reading it and without titles;
+and bm25s with its stop words and a stemmer. Each gives five passages with their texts. Seconds are CPU time.
 """
 
 import argparse

@@ -13,7 +13,8 @@ draw from one policy. `--prompt-tokens` is the least length of a prompt; 0 leave
   tokens given to its generation, which knows only one for all turns;
 * TRL, our rollouts (with `--ours`): its loss and optimiser around our engine.
 
-Seconds are the process's own CPU time on one thread, medians over steps, the first one left out; steps alternate. The
+Seconds are the process's own CPU time on one thread, medians over steps, after one that
+warms up; steps alternate. The
 adapter's share is what `TurnGRPOTrainer` does beside TRL's own work. Without TRL its lines are left out.
 """
 
@@ -109,10 +110,10 @@ def compare(options: argparse.Namespace, turns: int, prompt_tokens: int, folder:
     """Measures one case, prints and notes it."""
     found = ways(options, turns, prompt_tokens, folder)
     seen: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in found}
-    for step in range(options.steps + 1):  # the first one warms up
+    for step in range(options.steps):
         for name, way in found.items():
             seen[name].append(way.step(step))
-    rows = {name: [statistics.median(column) for column in zip(*own[1:], strict=True)] for name, own in seen.items()}
+    rows = {name: [statistics.median(column) for column in zip(*own, strict=True)] for name, own in seen.items()}
     length = prompt_tokens or "short"
     print(f"\n{turns} turns, prompts {length}: {options.tasks} questions x {options.group_size} rollouts")
     for name, (step_s, rollout_s, played, sampled) in rows.items():
@@ -151,6 +152,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        for way in ways(options, 2, 0, folder).values():  # warms up
+            way.step(0)
         for turns in options.turns:
             for prompt_tokens in options.prompt_tokens:
                 compare(options, turns, prompt_tokens, folder)
