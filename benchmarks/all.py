@@ -33,7 +33,7 @@ FULL: Commands = {
         ["engine.py", "--groups", "4", "--group-size", "8", "--turns", "8", "--prompt-tokens", "400", "--rounds", "1"],
     ],
     "search": [["search.py", "--others"]],
-    "floor": [["floor.py"]],
+    "floor": [["floor.py", "--steps", "2"]],
     "scaling": [["scaling.py"]],
 }
 QUICK: Commands = {

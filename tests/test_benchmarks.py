@@ -65,9 +65,8 @@ def test_nested_parts_share_no_time(benchmark):
     seen = floor.Seen(shape=floor.Shape(body=1, head=1, layers=1, sliding=0, window=0, width=1), counting=True)
     floor.time = type("Clock", (), {"process_time": staticmethod(lambda: next(clock))})
     seen.switch()
-    with seen.part("outer"):  # 1
-        with seen.part("inner"):  # 3
-            pass  # 6
+    with seen.part("outer"), seen.part("inner"):  # at 1 and 3, until 6 and 10
+        pass
     assert seen.seconds == {"outer": (3 - 1) + (10 - 6), "inner": 6 - 3}
 
 
