@@ -449,8 +449,10 @@ class HFEngine:
             ).last_hidden_state
 
     def _near(self, positions: np.ndarray, length: int) -> np.ndarray | None:
-        """The positions [B, n] that sliding layers see of `length` for queries at `positions` [B, T], which are adjacent
-        up to a row's last token. None where there is no such layer, or where that would be no fewer."""
+        """The positions [B, n] of the keys for sliding layers, where queries at `positions` [B, T] see `length`.
+
+        These are adjacent up to a row's last token. None without such a layer, and where those would be no fewer.
+        """
         if not self._sliding or length == 1:
             return None
         before = min(self._model.config.sliding_window, length) - 1
