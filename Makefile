@@ -4,6 +4,7 @@
 # make test-verl   those of the adapter for verl, training on this CPU included (a part of test-slow)
 # make test-skyrl  those of the adapter for SkyRL, with its own methods (a part of test-slow)
 # make bench       measure speed beside TRL, transformers, tantivy and bm25s: results/performance.json and .md, ten minutes
+# make tables      write the tables of README.md and docs/ anew from results/
 # make check       lint, format, types, tests
 # make clean       remove what these targets made, the environment included
 
@@ -20,7 +21,7 @@ SKYRL_RELEASE := 0.3.0
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-trl test-verl test-skyrl bench check clean
+.PHONY: demo test test-slow test-trl test-verl test-skyrl tables bench check clean
 
 demo: $(VENV)/.train-installed
 	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
@@ -48,6 +49,9 @@ test-skyrl: .venv-skyrl/.installed
 # BENCH="--quick" for a look; BENCH="--only floor scaling" for some of it, --data for where TriviaQA is.
 bench: .venv-trl-$(TRL_NEWEST)/.installed $(VENV)/.bench-installed
 	PYTHONPATH=src $(BIN)/python benchmarks/all.py --trl-python .venv-trl-$(TRL_NEWEST)/bin/python $(BENCH)
+
+tables:
+	$(PYTHON) experiments/tables.py
 
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ A step of training on the atlas, questions x rollouts, by the real loop on one t
 steps of teaching so that the policy uses its tool. Each part is timed where it happens (CPU seconds); what no part
 holds is "the rest". Beside it stands what had to be done, without padding, and with what is equal counted once:
 
-* prefill, decode, forward, backward: multiplications and additions (`flops` below);
+* prefill, decode, forward, backward: multiplications and additions (`flops` below); and in decoding the keys and values
+  that every token reads of the cache, whose bytes take longer than their arithmetic;
 * optimiser: AdamW reads weights, gradients and two moments and writes three of them, 28 bytes a float32 weight;
 * files: the bytes written, as one write of them takes; tokenisation: one bare call of the tokenizer for the same texts;
 * search: one bare call of tantivy for each query; credit: the numbers of the turn table, read and written once.
@@ -66,6 +67,8 @@ class Shape:
     window: int
     width: int
     """Query heads times their size."""
+    cached: int
+    """Numbers of a key and its value."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Shape":
@@ -79,6 +82,7 @@ class Shape:
             sliding=len(sliding_layers(model)),
             window=getattr(config, "sliding_window", None) or 0,
             width=config.num_attention_heads * config.head_dim,
+            cached=2 * config.num_key_value_heads * config.head_dim,
         )
 
 
@@ -89,6 +93,11 @@ def seen_keys(start: int, count: int, window: int | None = None) -> int:
     """
     positions = np.arange(start, start + count) + 1
     return int(positions.sum() if window is None else np.minimum(positions, window).sum())
+
+
+def cache_bytes(shape: Shape, *, keys: int, near_keys: int) -> float:
+    """Bytes of the float32 keys and values that are read where every token reads its own."""
+    return 4.0 * shape.cached * ((shape.layers - shape.sliding) * keys + shape.sliding * near_keys)
 
 
 def flops(shape: Shape, *, tokens: int, keys: int, near_keys: int, predicted: int) -> float:
@@ -341,7 +350,10 @@ def floors(seen: Seen, config: TrainConfig) -> dict[str, tuple[float, float, flo
         "backward": (2 * forward, wide),
     }
     found = {name: (amount, amount / rate) for name, (amount, rate) in amounts.items()}
-    rate = memory_rate()
+    rate, drawn = memory_rate(), seen.work["decode"]
+    read = cache_bytes(shape, keys=drawn.keys, near_keys=drawn.near_keys)
+    products = flops(shape, tokens=drawn.tokens, keys=0, near_keys=0, predicted=drawn.predicted)
+    found["decode"] = (amounts["decode"][0], products / narrow + read / rate)
     weights = sum(p.numel() for p in policy.learned)
     stepped = ADAM_BYTES * weights * config.minibatches * seen.steps
     found["optimiser"] = (float(stepped), stepped / rate)

@@ -36,11 +36,13 @@ def test_keys_that_tokens_see_are_those_up_to_themselves(benchmark):
 
 def test_operations_by_hand(benchmark):
     floor = benchmark("floor")
-    shape = floor.Shape(body=100, head=30, layers=3, sliding=1, window=2, width=8)
+    shape = floor.Shape(body=100, head=30, layers=3, sliding=1, window=2, width=8, cached=6)
     work = floor.Work()
     work.add(shape, start=4, count=2, predicted=1)
     # linear layers 2 x 100 x 2 tokens, output 2 x 30 x 1, attention 4 x 8 x (2 layers x (5 + 6) + 1 x (2 + 2))
     assert work.flops(shape) == 400 + 60 + 32 * (22 + 4)
+    # four bytes of 6 numbers a key and its value, in the same layers
+    assert floor.cache_bytes(shape, keys=work.keys, near_keys=work.near_keys) == 4 * 6 * (22 + 4)
 
 
 def test_operations_are_those_that_torch_counts(benchmark):
@@ -62,7 +64,7 @@ def test_operations_are_those_that_torch_counts(benchmark):
 def test_nested_parts_share_no_time(benchmark):
     floor = benchmark("floor")
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0])
-    seen = floor.Seen(shape=floor.Shape(body=1, head=1, layers=1, sliding=0, window=0, width=1), counting=True)
+    seen = floor.Seen(shape=floor.Shape(body=1, head=1, layers=1, sliding=0, window=0, width=1, cached=1), counting=True)
     floor.time = type("Clock", (), {"process_time": staticmethod(lambda: next(clock))})
     seen.switch()
     with seen.part("outer"), seen.part("inner"):  # at 1 and 3, until 6 and 10
