@@ -64,7 +64,9 @@ def test_operations_are_those_that_torch_counts(benchmark):
 def test_nested_parts_share_no_time(benchmark):
     floor = benchmark("floor")
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0])
-    seen = floor.Seen(shape=floor.Shape(body=1, head=1, layers=1, sliding=0, window=0, width=1, cached=1), counting=True)
+    seen = floor.Seen(
+        shape=floor.Shape(body=1, head=1, layers=1, sliding=0, window=0, width=1, cached=1), counting=True
+    )
     floor.time = type("Clock", (), {"process_time": staticmethod(lambda: next(clock))})
     seen.switch()
     with seen.part("outer"), seen.part("inner"):  # at 1 and 3, until 6 and 10
