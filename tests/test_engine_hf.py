@@ -273,17 +273,6 @@ def test_a_returning_session_feeds_only_the_reply_and_its_last_token():
     assert engine.stats.prefilled_tokens == 3 + 1 + 2
 
 
-def test_sliding_layers_are_given_the_few_keys_that_their_queries_see():
-    engine = HFEngine(tiny("qwen3 with a sliding layer"), stop_ids=(), max_context=64)
-    window = engine._model.config.sliding_window
-    # three new tokens after 30: the window before the first of them, and themselves
-    near = engine._near(np.array([[30, 31, 32]]), 33)
-    assert near is not None
-    assert near.tolist() == [list(range(30 - window + 1, 33))]
-    assert engine._near(np.array([[0, 1, 2]]), 3) is None  # all there are are no more
-    assert HFEngine(tiny(), stop_ids=(), max_context=64)._near(np.array([[30]]), 31) is None
-
-
 def test_a_changed_conversation_keeps_the_common_prefix_and_is_right():
     model = tiny(dtype=torch.float32)
     engine = HFEngine(model, stop_ids=(), max_context=64)

@@ -430,13 +430,15 @@ class HFEngine:
             read_length = int(positions.max()) + 1
         self._reserve(int(read.max()) + 1, int(positions.max()) + 1)
         first, adjacent = int(read[0]), bool((np.diff(read) == 1).all())
-        near = self._near(positions, read_length)
+        near = None
+        if self._sliding and ids.shape[1] == 1:
+            near = positions + np.arange(1 - min(self._model.config.sliding_window, read_length), 1)
         self._cache.aim(
             write=(self._tensor(write[0]), self._tensor(write[1])),
             source=None if source is None else self._tensor(source),
             read=slice(first, first + len(read)) if adjacent else self._tensor(read),
             read_length=read_length,
-            near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(0, read_length - 1))),
+            near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(min=0))),
         )
         place = self._tensor(positions)
         with computing(self._model):
@@ -448,17 +450,6 @@ class HFEngine:
                 use_cache=True,
             ).last_hidden_state
 
-    def _near(self, positions: np.ndarray, length: int) -> np.ndarray | None:
-        """The positions [B, n] of the keys for sliding layers, where queries at `positions` [B, T] see `length`.
-
-        These are adjacent up to a row's last token. None without such a layer, and where those would be no fewer.
-        """
-        if not self._sliding or length == 1:
-            return None
-        before = min(self._model.config.sliding_window, length) - 1
-        count = before + positions.shape[1]
-        return positions[:, :1] + np.arange(-before, positions.shape[1]) if count < length else None
-
     def _masks(
         self, positions: torch.Tensor, length: int, near: torch.Tensor | None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -466,7 +457,7 @@ class HFEngine:
         distance = positions[:, :, None] - torch.arange(length, device=positions.device)
         if near is None:
             return attention_masks(self._model, distance)
-        behind = (positions[:, :, None] - near[:, None]).masked_fill(near[:, None] < 0, -1)
+        behind = (positions - near).masked_fill(near < 0, -1)[:, None]
         return attention_masks(self._model, distance, behind)
 
     def _draw(self, hidden: torch.Tensor, active: np.ndarray) -> None:
