@@ -5,10 +5,10 @@
 Two turns: the embedded policy after a few native steps, so that it calls its tool. Three turns: the embedded agent that
 searches several times, on two-hop questions, after a few steps that pay for searches alone, so that it takes its turns.
 Agents take the turns that they take; TRL has one budget of tokens for all of them, as large as the native ones
-together, so one that rambles goes on to its end. `trl_step` gives both the same turns and budgets. Steps alternate between the trainers;
-rates are 0, so that all draw from one policy. Seconds are the process's own CPU time on one thread, medians over steps.
-"TRL" is its own generation and tool loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's
-share is what `TurnGRPOTrainer` does beside TRL's own work.
+together, so one that rambles goes on to its end. `trl_step` gives both the same turns and budgets. Steps alternate
+between the trainers; rates are 0, so that all draw from one policy. Seconds are the process's own CPU time on one
+thread, medians over steps. "TRL" is its own generation and tool loop; "TRL, our rollouts" its loss and optimiser around
+our engine. The adapter's share is what `TurnGRPOTrainer` does beside TRL's own work.
 """
 
 import os
