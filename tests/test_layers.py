@@ -32,6 +32,7 @@ LAYERS = [
     "tags",
     "search_tags",
     "formats",
+    "rendering",
     "templates",
     "protocols",
     "env",
