@@ -39,7 +39,8 @@ from turnwise.config import TrainConfig, config_from_dict, config_to_dict
 from turnwise.critic import Critic
 from turnwise.errors import RunError
 from turnwise.policy import Policy, save_policy
-from turnwise.trust import check_own, seal_of
+from turnwise.records import parsed
+from turnwise.trust import check_links, check_own, seal_of
 
 FORMAT = 1
 STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
@@ -126,9 +127,10 @@ def read_config(path: Path, *, plays: bool = False) -> TrainConfig:
 
     Who `plays` it executes the code that it names: RunError where a stranger may have made it.
     """
+    check_links(path)
     file = path / "config.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parsed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} must be a run directory; its config.json cannot be read ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
@@ -178,7 +180,7 @@ def cut_lines(path: Path, *, after_step: int) -> None:
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parsed(line)
         except ValueError:
             if line and any(lines[number:]):
                 warnings.warn(f"{path.name}:{number} is damaged and was dropped: {line[:60]}", stacklevel=2)
@@ -199,8 +201,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     with contextlib.suppress(ValueError):
-        return [json.loads(line) for line in lines]
-    return [json.loads(line) for line in lines[:-1]]
+        return [parsed(line) for line in lines]
+    return [parsed(line) for line in lines[:-1]]
 
 
 def missing_lines(path: Path, records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -347,7 +349,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
 
 def _checkpoint_state(folder: Path) -> tuple[str, dict[str, Any] | None]:
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = parsed((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             return f"format {state['format']!r}, not {FORMAT}", None
         fault = _checkpoint_damage(folder, state)

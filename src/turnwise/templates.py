@@ -19,6 +19,7 @@ from typing import Any
 
 from turnwise import rendering
 from turnwise.errors import RunError
+from turnwise.records import parsed
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that templates know by name."""
@@ -72,7 +73,7 @@ class _Renderer:
         if not line:
             self.close()
             raise ValueError(f"more than {rendering.SECONDS} seconds or {rendering.MEGABYTES} MB")
-        answer = json.loads(line)
+        answer = parsed(line)
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["text"]
@@ -80,7 +81,8 @@ class _Renderer:
     def _answer(self, request: bytes) -> bytes:
         """The line that answers a request; none where the process ended over it."""
         process = self._started()
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(request)
             process.stdin.flush()
@@ -150,7 +152,7 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(_text(path))
+        settings = parsed(_text(path))
     except ValueError as error:
         raise RunError(f"{path} must be JSON; it cannot be read ({error}); restore the file") from error
     if not isinstance(settings, dict):

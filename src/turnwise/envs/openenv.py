@@ -1,6 +1,8 @@
 """Environments on an OpenEnv server: a session of its own for each rollout, per-step rewards as turn rewards."""
 
+import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -21,7 +23,9 @@ from turnwise.envs.source import (
     whole_option,
 )
 from turnwise.errors import ConfigError, InputError, described
+from turnwise.records import parsed
 from turnwise.types import Message, Task
+from turnwise.web import whole_body
 
 TIMEOUT_S = 60.0
 """Seconds that connecting and every message may take."""
@@ -113,7 +117,7 @@ def observation_text(observation: Mapping[str, Any]) -> str:
 
 def _payload(written: str, field: str | None) -> dict[str, Any] | None:
     try:
-        found = json.loads(written)
+        found = parsed(written)
     except ValueError:
         found = None
     if isinstance(found, dict):
@@ -163,10 +167,10 @@ def _action_fields(url: str, timeout_s: float) -> tuple[dict[str, dict[str, Any]
         raise ConfigError(f"openenv: must be followed by a server's URL; got {url!r}; write openenv:http://HOST:PORT")
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/schema", timeout=timeout_s) as reply:
-            action = json.load(reply)["action"]
+            action = parsed(whole_body(reply, time.monotonic() + timeout_s))["action"]
         properties = {name: dict(schema) for name, schema in action["properties"].items() if name not in _OWN_FIELDS}
         return properties, [name for name in action.get("required", ()) if name in properties]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{url} must be an OpenEnv server that tells its schema; got {described(error)}; start it, or check the URL"
         ) from error

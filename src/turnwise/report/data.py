@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from turnwise.errors import InputError, RunError
+from turnwise.records import bounded_lines, parsed
 from turnwise.types import Rollout, Task, rollout_from_json
 
 T = TypeVar("T")
@@ -104,7 +105,7 @@ class _Reader:
         offset = 0
         pending: tuple[str, Exception] | None = None
         with self.path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(bounded_lines(file, self.path.name), 1):
                 if pending is not None:
                     raise _bad_line(*pending) from pending[1]
                 place, start = f"{self.path.name}:{number}", offset
@@ -112,7 +113,7 @@ class _Reader:
                 if not raw.strip():
                     continue
                 try:
-                    value = json.loads(raw.decode())
+                    value = parsed(raw.decode())
                 except ValueError as error:  # torn if nothing follows, damaged otherwise
                     pending = place, error
                     continue
@@ -180,7 +181,7 @@ def _arm(path: Path) -> str | None:
 
 def _json_file(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes().decode())
+        data = parsed(path.read_bytes().decode())
     except ValueError as error:
         raise InputError(f"{path} must be JSON; {error}; repair or delete it") from error
     except OSError as error:
@@ -250,7 +251,7 @@ def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
         for place, offset, step, _ in where:
             if step in wanted:
                 file.seek(offset)
-                lines.append(_rollout_line(json.loads(file.readline()), place))
+                lines.append(_rollout_line(parsed(file.readline()), place))
     return tuple(sorted(lines, key=lambda line: line.step))
 
 
@@ -282,7 +283,7 @@ def _rollout_line(data: dict[str, Any], place: str) -> RolloutLine:
             },
             loss_mask=_per_turn(data.get("loss_mask"), bool),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{place} must be a recorded rollout; {type(error).__name__}: {error}; repair or delete the line"
         ) from error
