@@ -86,6 +86,7 @@ LAYERS = [
     "report",
     "inspection",
     "display",
+    "hostile_files",
     "hostile",
     "serving",
     "adapters",

@@ -22,7 +22,7 @@ from turnwise.errors import ConfigError, InputError
 from turnwise.records import parsed
 
 METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
-NAME = r"[\w.+-]+"
+NAME = r"[\w+-][\w.+-]*"
 SHARED = ("out", "seed", "threads", "policy", "tasks", "validation_tasks", "corpus", "tools", "protocol")
 """The options that one method of a comparison cannot have to itself."""
 LAST_STEP_S = 60.0

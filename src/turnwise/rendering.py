@@ -1,11 +1,11 @@
 """Renders chat templates in a process of its own, with bounds that hold whatever a template does; a script by itself.
 
 A template is a program, and a stranger's may never end, or make of three characters all the memory there is, in one
-operation that no sandbox of Python's sees. So it runs where the system ends it: each request has `SECONDS`, the process
+operation that no sandbox of Python's sees. So it runs where the system ends it: each request has its seconds, the process
 `MEGABYTES`, a text at most `MOST` characters. What a template can reach besides is bounded by Jinja2's sandbox.
 
-A request is a line of JSON on stdin with the template's `source` and the `values` that it knows; without values it is
-read alone. The answer is a line of JSON with the `text`, or why there is none.
+A request is a line of JSON on stdin with the template's `source`, the `values` that it knows (null where it is read
+alone) and its `seconds`. The answer is a line of JSON with the `text`, or why there is none.
 """
 
 import contextlib
@@ -27,9 +27,10 @@ def main() -> None:
     """Answers requests until stdin ends."""
     _bounded_memory()
     for line in sys.stdin.buffer:
-        _bounded_time(SECONDS)
+        request = json.loads(line)
+        _bounded_time(request["seconds"])
         try:
-            answer = {"text": _rendered(**json.loads(line))}
+            answer = {"text": _rendered(request["source"], request["values"])}
         except Exception as error:  # whatever a stranger's program raises
             answer = {"error": " ".join(f"{error}".split())[:200] or type(error).__name__}
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -55,12 +56,12 @@ def _bounded_memory() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _bounded_time(seconds: int) -> None:
+def _bounded_time(seconds: float) -> None:
     """The system ends the process after so many seconds; 0 takes that back."""
     with contextlib.suppress(ImportError, AttributeError):  # not on Windows
         import signal
 
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 @functools.lru_cache(maxsize=16)

@@ -67,7 +67,7 @@ class _Renderer:
 
     def render(self, source: str, values: Mapping[str, Any] | None) -> str:
         """The text; ValueError with the reason where there is none."""
-        request = json.dumps({"source": source, "values": values}).encode() + b"\n"
+        request = json.dumps({"source": source, "values": values, "seconds": rendering.SECONDS}).encode() + b"\n"
         with self._lock:
             line = self._answer(request)
         if not line:

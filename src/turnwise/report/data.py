@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from turnwise.errors import InputError, RunError
 from turnwise.records import bounded_lines, parsed
+from turnwise.trust import check_links
 from turnwise.types import Rollout, Task, rollout_from_json
 
 T = TypeVar("T")
@@ -133,6 +134,7 @@ def load_run(path: str | Path) -> Run:
     and InputError, with file and line, where a record in it is damaged.
     """
     path = Path(path)
+    check_links(path)
     config = _config(path)
     metrics, rollouts = _Reader(path / "metrics.jsonl"), _Reader(path / "rollouts.jsonl")
     try:
