@@ -529,6 +529,6 @@ def _last_step(file: Path) -> dict[str, Any] | None:
             record = parsed(line)
         except ValueError:
             continue
-        if record.get("split") == "train":
+        if isinstance(record, dict) and record.get("split") == "train":
             return record
     return None

@@ -169,7 +169,7 @@ def terminal_fault(text: str) -> str | None:
 
 
 def published_chats(templates: Path, checkpoint: Path) -> dict[str, Chat]:
-    """A chat for each chat template in a folder of `*.jinja`, over a checkpoint's tokenizer with the template's tokens."""
+    """A chat for each chat template in a folder of `*.jinja`, over a checkpoint's tokenizer."""
     found: dict[str, Chat] = {}
     for file in sorted(templates.glob("*.jinja")):
         source = file.read_text(encoding="utf-8")

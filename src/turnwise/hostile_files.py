@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from turnwise.checksums import CHECKSUMS, damage
-from turnwise.commands.terminal import check_place
 from turnwise.compare import run_configs
 from turnwise.config import TrainConfig
 from turnwise.designs import read_design
@@ -67,8 +66,6 @@ def _name_fault(run: Path, name: str) -> str | None:
     """What is wrong with where a name leads."""
     if not _inside(run, f"eval-{source_name(name)}-greedy.json"):
         return "an evaluation's file is elsewhere"
-    if _allowed(check_place, name, None) and not (_inside(run, f"{name}.json") and _inside(run, f"eval-{name}-a.json")):
-        return "a file of that name is elsewhere"
     if _fits(name):
         file = run / "design.toml"
         file.write_text(f"[shared]\nname = {json.dumps(name)}\n[{json.dumps(name)}]\nsteps = 1\n", encoding="utf-8")
@@ -109,7 +106,7 @@ def _inside(folder: Path, name: str) -> bool:
 
 
 def traces_check() -> Callable[[str], str | None]:
-    """That traces with the text in every field are read back as so many rollouts with that text, and written once more."""
+    """That traces with the text in every field are read back with that text, and written once more."""
     folder = tempfile.TemporaryDirectory(prefix="turnwise-hostile-")
     file = Path(folder.name) / "traces.jsonl"
 
@@ -177,21 +174,7 @@ class _Elements(HTMLParser):
 
 PLAIN_TEXTS = ("a", "<tool>Kenya</tool> Kenya\nb", "Kenya " * 400)
 """Texts between which a page may choose its elements: plain ones, ones with a tag and an answer, long ones."""
-ONCE = (
-    "script",
-    "style",
-    "link",
-    "meta",
-    "base",
-    "title",
-    "head",
-    "body",
-    "iframe",
-    "object",
-    "embed",
-    "form",
-    "comment",
-)
+ONCE = ("script", "style", "link", "meta", "base", "title", "head", "body", "iframe", "object", "form", "comment")
 """Elements of which a text may add none of a kind that is there already."""
 
 

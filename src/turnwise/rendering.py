@@ -1,8 +1,9 @@
 """Renders chat templates in a process of its own, with bounds that hold whatever a template does; a script by itself.
 
 A template is a program, and a stranger's may never end, or make of three characters all the memory there is, in one
-operation that no sandbox of Python's sees. So it runs where the system ends it: each request has its seconds, the process
-`MEGABYTES`, a text at most `MOST` characters. What a template can reach besides is bounded by Jinja2's sandbox.
+operation that no sandbox of Python's sees. So it runs where the system ends it: each request has its seconds of
+computing, the process `MEGABYTES`, a text at most `MOST` characters. What else a template can reach is bounded by
+Jinja2's sandbox.
 
 A request is a line of JSON on stdin with the template's `source`, the `values` that it knows (null where it is read
 alone) and its `seconds`. The answer is a line of JSON with the `text`, or why there is none.
@@ -26,6 +27,7 @@ LONGEST_SOURCE = 1_000_000
 def main() -> None:
     """Answers requests until stdin ends."""
     _bounded_memory()
+    _compiled("")  # imports what is needed, outside any template's time
     for line in sys.stdin.buffer:
         request = json.loads(line)
         _bounded_time(request["seconds"])
@@ -57,11 +59,11 @@ def _bounded_memory() -> None:
 
 
 def _bounded_time(seconds: float) -> None:
-    """The system ends the process after so many seconds; 0 takes that back."""
+    """The system ends the process once it has computed for so many seconds; 0 takes that back."""
     with contextlib.suppress(ImportError, AttributeError):  # not on Windows
         import signal
 
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 @functools.lru_cache(maxsize=16)

@@ -76,6 +76,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content in one step."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
+        if partial.is_symlink():  # what it leads to is not ours
+            partial.unlink()
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

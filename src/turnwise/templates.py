@@ -72,7 +72,7 @@ class _Renderer:
             line = self._answer(request)
         if not line:
             self.close()
-            raise ValueError(f"more than {rendering.SECONDS} seconds or {rendering.MEGABYTES} MB")
+            raise ValueError(f"more than {rendering.SECONDS:g} seconds or {rendering.MEGABYTES} MB")
         answer = parsed(line)
         if "error" in answer:
             raise ValueError(answer["error"])

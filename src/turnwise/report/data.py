@@ -221,7 +221,7 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{place}: metrics.{name} must be a number; got {value!r}; repair or delete the line")
-        if math.isfinite(value):
+        if is_finite(value):
             metrics[name] = float(value)
         else:
             dropped += 1
@@ -229,11 +229,19 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
     line = MetricLine(
         step=_field(data, "step", int, place),
         split=_field(data, "split", str, place),
-        wall_s=float(wall_s) if isinstance(wall_s, int | float) else None,
+        wall_s=float(wall_s) if isinstance(wall_s, int | float) and is_finite(wall_s) else None,
         metrics=metrics,
         warnings=tuple(str(said) for said in data.get("warnings") or ()),
     )
     return line, dropped
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number, which may be a whole one of any length, is a finite float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
@@ -312,7 +320,7 @@ def _evaluation(path: Path) -> Evaluation:
     data = _json_file(path)
     try:
         means = {str(n): m["mean"] for n, m in data["metrics"].items()}
-        numbers = {n: float(m) for n, m in means.items() if m is not None and math.isfinite(m)}
+        numbers = {n: float(m) for n, m in means.items() if m is not None and is_finite(m)}
         return Evaluation(name=str(data["name"]), mode=str(data["mode"]), means=numbers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
