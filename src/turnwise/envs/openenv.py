@@ -1,5 +1,6 @@
 """Environments on an OpenEnv server: a session of its own for each rollout, per-step rewards as turn rewards."""
 
+import asyncio
 import http.client
 import json
 import time
@@ -29,6 +30,8 @@ from turnwise.web import whole_body
 
 TIMEOUT_S = 60.0
 """Seconds that connecting and every message may take."""
+MOST_BYTES = 16 << 20
+"""Most bytes of a message."""
 _OWN_FIELDS = ("metadata", "done", "reward")
 
 
@@ -103,7 +106,26 @@ def _session(url: str, timeout_s: float) -> Any:
             self.began = True
             return await super()._connect_async()
 
-    return Session(base_url=url, connect_timeout_s=timeout_s, message_timeout_s=timeout_s)
+        async def _send(self, message: dict[str, Any]) -> None:
+            if self._ws is not None and await _has_message(self._ws):
+                raise ConnectionError("the server answered more often than it was asked")
+            await super()._send(message)
+
+    return Session(
+        base_url=url,
+        connect_timeout_s=timeout_s,
+        message_timeout_s=timeout_s,
+        max_message_size_mb=MOST_BYTES / (1 << 20),
+    )
+
+
+async def _has_message(connection: Any) -> bool:
+    """Whether a message has come that nothing waits for; answers bear no number, so it would be the next one's."""
+    waiting = asyncio.ensure_future(connection.recv())
+    await asyncio.sleep(0)
+    there = waiting.done() and not waiting.exception()
+    waiting.cancel()
+    return there
 
 
 def observation_text(observation: Mapping[str, Any]) -> str:

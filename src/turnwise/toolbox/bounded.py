@@ -31,6 +31,7 @@ def main(most: str, *command: str) -> int:
             rest = memoryview(part)
             while rest:
                 rest = rest[os.write(1, rest) :]
+        os.close(1)  # whoever reads is told at once, also where the command lives on
         return process.wait()
     except BrokenPipeError:
         return 0
