@@ -126,7 +126,7 @@ def test_a_connection_that_is_used_in_time_stays(monkeypatch: pytest.MonkeyPatch
 
 def test_a_client_that_does_not_read_loses_its_place(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(app, "ANSWER_TIMEOUT_S", 0.5)
-    long = f"<answer>\n{'word ' * 50_000}\n</answer>"
+    long = f"<answer>\n{'word ' * 18_000}\n</answer>"
     with serving(long) as port, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(("127.0.0.1", port))

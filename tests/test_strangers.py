@@ -287,6 +287,7 @@ def opened(run: Path) -> None:
 
 
 LINKED = [
+    "wandb",
     "best",
     "checkpoints",
     "checkpoints/step-000002",
@@ -316,8 +317,10 @@ def test_a_link_out_of_a_run_is_refused_before_anything_is_read_or_written(run: 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_link_within_a_run_or_to_a_run_is_let_be(run: Path, tmp_path: Path):
+def test_a_link_within_a_run_to_a_run_or_of_a_tracker_is_let_be(run: Path, tmp_path: Path):
     (run / "latest").symlink_to("checkpoints/step-000002")
+    (run / "wandb" / "logs").mkdir(parents=True)
+    (run / "wandb" / "logs" / "debug-core.log").symlink_to(tmp_path / "its own log")
     (tmp_path / "named").symlink_to(run)
     opened(tmp_path / "named")
 

@@ -15,6 +15,8 @@ from turnwise.errors import RunError
 
 TRUST = "TURNWISE_TRUST"
 """The environment variable that says, as 1, that the code which runs name has been read."""
+WANDB = "wandb"
+"""The folder in a run that a tracker keeps for itself."""
 KEY_BYTES = 32
 PLAIN_TOOLS = ("search", "calculator", "python")
 
@@ -45,6 +47,9 @@ def check_links(run: Path) -> None:
         return
     root = run.resolve()
     for folder, folders, files in os.walk(root):
+        if Path(folder) == root / WANDB:  # which links to its logs elsewhere; we read and write nothing there
+            folders.clear()
+            continue
         for path in (Path(folder, name) for name in (*folders, *files)):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 fault = f"a link to {os.readlink(path)}; remove it, or set {TRUST}=1 if you made it"

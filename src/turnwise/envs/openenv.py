@@ -123,9 +123,9 @@ async def _has_message(connection: Any) -> bool:
     """Whether a message has come that nothing waits for; answers bear no number, so it would be the next one's."""
     waiting = asyncio.ensure_future(connection.recv())
     await asyncio.sleep(0)
-    there = waiting.done() and not waiting.exception()
     waiting.cancel()
-    return there
+    await asyncio.wait({waiting})
+    return not waiting.cancelled() and not waiting.exception()
 
 
 def observation_text(observation: Mapping[str, Any]) -> str:
