@@ -27,6 +27,7 @@ from turnwise.records import read_lines, read_rows
 from turnwise.report import load_run, write_report
 from turnwise.rundir import (
     append_lines,
+    chosen_checkpoint,
     create_run,
     cut_lines,
     drop_after,
@@ -396,17 +397,19 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files_of_a_run_are_one_line_each(run: Path, name: str, tmp_path: Path):
-    reads = (
-        lambda: write_report([load_run(run)], tmp_path / "report.html"),
-        lambda: run_config(run),
-        lambda: resumed_config(TrainConfig(out=run)),
-        lambda: run_policy(run),
-        lambda: latest_checkpoint(run),
-        lambda: traces_table(read_traces(run / "rollouts.jsonl")),
-        lambda: cut_lines(run / "metrics.jsonl", after_step=9),
-    )
+    if name == "best/config.json":
+        reads = [lambda: run_policy(run)]
+    elif "/" in name:
+        reads = [lambda: chosen_checkpoint(run, best=True), lambda: latest_checkpoint(run)]
+    else:
+        reads = [
+            lambda: write_report([load_run(run)], tmp_path / "report.html"),
+            lambda: resumed_config(TrainConfig(out=run)),
+            lambda: traces_table(read_traces(run / "rollouts.jsonl")),
+            lambda: cut_lines(run / "metrics.jsonl", after_step=9),
+        ]
     for content in CONTENTS:
-        for read in reads if "/" in name or name == "config.json" else (reads[0], *reads[3:]):
+        for read in reads:
             (run / name).write_bytes(content + b"\n")
             read_or_refused(read)
 
