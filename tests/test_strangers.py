@@ -463,7 +463,7 @@ def test_a_compressed_file_that_unpacks_to_far_more_than_text_does_is_left(
     monkeypatch.setattr(records, "UNPACKED_FREELY", 100_000)
     file = tmp_path / "bomb.jsonl.gz"
     with gzip.open(file, "wb") as packed:
-        for _ in range(8):
+        for _ in range(4):
             packed.write(content * (1_000_000 // len(content)))
     monkeypatch.setattr(records.read_lines, "__kwdefaults__", {"longest": 10_000_000})
     lines = read_lines(file)

@@ -139,7 +139,7 @@ def read_config(path: Path, *, plays: bool = False) -> TrainConfig:
         raise RunError(f"{path} must be a run directory; its config.json holds no configuration; name a run")
     if record.get("format") != FORMAT:
         raise RunError(
-            f"{file} must have format {FORMAT}; got {record.get('format')!r}; use the version of turnwise that "
+            f"{file} must have format {FORMAT}; got {record.get('format')!r:.60}; use the version of turnwise that "
             f"wrote it ({record.get('turnwise', 'unknown')})"
         )
     config = config_from_dict(record["config"], str(file))

@@ -169,7 +169,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     data = _json_file(path / "config.json")
     if data.get("format") != FORMAT:
         raise RunError(
-            f"{path}/config.json must have format {FORMAT}; got {data.get('format')!r}; "
+            f"{path}/config.json must have format {FORMAT}; got {_cut(data.get('format'))}; "
             "read it with the version of turnwise that wrote it"
         )
     return _field(data, "config", dict, "config.json")
@@ -220,7 +220,7 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{place}: metrics.{name} must be a number; got {value!r}; repair or delete the line")
+            raise InputError(f"{place}: metrics.{name} must be a number; got {_cut(value)}; repair or delete the line")
         if is_finite(value):
             metrics[name] = float(value)
         else:
@@ -332,9 +332,15 @@ def _evaluation(path: Path) -> Evaluation:
 def _field(data: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
     value = data.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        got = "nothing" if value is None else repr(value)
+        got = "nothing" if value is None else _cut(value)
         raise InputError(f"{place}: {name} must be of type {kind.__name__}; got {got}; repair or delete the line")
     return value
+
+
+def _cut(value: object) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _bad_line(place: str, error: Exception) -> InputError:
