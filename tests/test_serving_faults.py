@@ -186,5 +186,6 @@ def test_huge_and_malformed_requests_are_refused_and_the_next_one_is_answered():
                 with contextlib.suppress(ConnectionResetError):
                     while part := connection.recv(65536):
                         said += part
-            assert said.split(b" ")[1:2] == [status], request[:60]
+            reset = not said and len(request) > 100_000  # closed while it was still being sent
+            assert reset or said.split(b" ")[1:2] == [status], request[:60]
             assert answered(port) == 200
