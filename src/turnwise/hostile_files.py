@@ -3,10 +3,12 @@
 The checks that `hostile` makes where a text has to go through a file or a whole page first.
 """
 
+import atexit
 import functools
 import json
 import os
 import random
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,17 +42,24 @@ def _fits(text: str) -> bool:
     return not any(0xD800 <= ord(c) < 0xE000 for c in text)
 
 
+def _folder() -> Path:
+    """A folder for the life of the process."""
+    folder = Path(tempfile.mkdtemp(prefix="turnwise-hostile-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 # --- names of files ---------------------------------------------------------------------------------
 
 
 def paths_check() -> Callable[[str], str | None]:
     """That no name out of data leads out of the folder that it is for."""
-    folder = tempfile.TemporaryDirectory(prefix="turnwise-hostile-")
-    inner = Path(folder.name) / "outer" / "run"
+    folder = _folder()
+    inner = folder / "outer" / "run"
     inner.mkdir(parents=True)
     (inner.parent / "secret").write_text("x")
 
-    def check(text: str, _kept: object = folder) -> str | None:
+    def check(text: str) -> str | None:
         rng = random.Random(text.encode("utf-8", "replace"))
         made = "".join(rng.choice(STEPS) for _ in range(rng.randint(1, 5)))
         for name in (text, made, f"../{made}", f"{made}{text[:9]}"):
@@ -107,10 +116,10 @@ def _inside(folder: Path, name: str) -> bool:
 
 def traces_check() -> Callable[[str], str | None]:
     """That traces with the text in every field are read back with that text, and written once more."""
-    folder = tempfile.TemporaryDirectory(prefix="turnwise-hostile-")
-    file = Path(folder.name) / "traces.jsonl"
+    folder = _folder()
+    file = folder / "traces.jsonl"
 
-    def check(text: str, _kept: object = folder) -> str | None:
+    def check(text: str) -> str | None:
         text = _whole(text)
         plain = {"group": text, "id": text, "turns": [{"text": text, "rewards": {text: 0.5}, "anchor": text}] * 2}
         _written(file, [plain, plain], ascii_only=not _fits(text))
@@ -180,8 +189,8 @@ ONCE = ("script", "style", "link", "meta", "base", "title", "head", "body", "ifr
 
 def report_check() -> Callable[[str], str | None]:
     """That a run's page with the text in every field has no element, attribute or comment but those of plain pages."""
-    folder = tempfile.TemporaryDirectory(prefix="turnwise-hostile-")
-    run, page = Path(folder.name) / "run", Path(folder.name) / "page.html"
+    folder = _folder()
+    run, page = folder / "run", folder / "page.html"
     run.mkdir()
 
     def elements(text: str) -> Counter[tuple[str, ...]]:
@@ -195,7 +204,7 @@ def report_check() -> Callable[[str], str | None]:
     plain = [elements(text) for text in PLAIN_TEXTS]
     known = {element for found in plain for element in found}
 
-    def check(text: str, _kept: object = folder) -> str | None:
+    def check(text: str) -> str | None:
         found = elements(_whole(text))
         new = sorted(set(found) - known)
         if new:
