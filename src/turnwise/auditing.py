@@ -34,7 +34,7 @@ from turnwise.evaluation import (
 )
 from turnwise.lab import rank_correlation, sign_agreement
 from turnwise.policy import Policy
-from turnwise.records import read_lines, record_of_line
+from turnwise.records import parsed, read_lines, record_of_line
 from turnwise.rollout import Limits, awaited, run_groups
 from turnwise.rundir import append_lines, write_atomically, writing
 from turnwise.setting import Setting, make_setting
@@ -379,7 +379,7 @@ class _Drawing:
             first_group=number,
         )
         scored = [self.setting.scored(task, rollout) for rollout in group if rollout.stop != "error"]
-        return task, [{"step": 0, "rollout": json.loads(rollout.to_json())} for rollout in scored]
+        return task, [{"step": 0, "rollout": parsed(rollout.to_json())} for rollout in scored]
 
 
 def _saved_groups(path: Path, setting: Setting, groups: int) -> list[tuple[Task, list[Record]]]:
@@ -460,4 +460,4 @@ def _kept_lines(path: Path, head: Record) -> list[Record]:
 def _whole(path: Path) -> Iterator[Record]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            yield json.loads(text)
+            yield parsed(text)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from turnwise.errors import RunError
 from turnwise.formats import PYTHON_TAG
+from turnwise.records import parsed
 from turnwise.templates import Template, read_template, write_template
 from turnwise.types import Message, ToolCall
 
@@ -548,7 +549,7 @@ def _backend(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
     except Exception as error:  # transformers and what it converts with raise their own
         raise RunError(
             f"{folder} must hold tokenizer.json, or what transformers makes a tokenizer of; it cannot be read "
@@ -560,7 +561,7 @@ def _generation_stops(folder: Path, tokenizer: BPETokenizer) -> list[str]:
     """The tokens at which the checkpoint's `generation_config.json` ends a turn."""
     path = folder / "generation_config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = parsed(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise RunError(f"{path} must be JSON; it cannot be read ({error}); restore the file") from error
     given = settings.get("eos_token_id") if isinstance(settings, dict) else None

@@ -47,8 +47,8 @@ def changed(file: Path, expected: str) -> str | None:
         found = sha256(file)
     except FileNotFoundError:
         return f"{file.name} is missing"
-    except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
+    except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
+        return f"{file.name} cannot be read: {getattr(error, 'strerror', error)}"
     return None if found == expected else f"{file.name} has changed"
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from turnwise.config import ATLAS_HOPS, TrainConfig, config_from_dict, config_to_dict, read_config_file
 from turnwise.errors import ConfigError, InputError
+from turnwise.records import parsed
 
 METHODS = ("grpo-or", "grpo-mr", "mt-grpo")
-NAME = r"[\w.+-]+"
+NAME = r"[\w+-][\w.+-]*"
 SHARED = ("out", "seed", "threads", "policy", "tasks", "validation_tasks", "corpus", "tools", "protocol")
 """The options that one method of a comparison cannot have to itself."""
 LAST_STEP_S = 60.0
@@ -230,7 +231,7 @@ def run_one(config: TrainConfig, eval_size: int, arm: str = "", says: bool = Tru
     if resume:
         _check_same(config)
     if finished.is_file():
-        record = json.loads(finished.read_text(encoding="utf-8"))
+        record = parsed(finished.read_text(encoding="utf-8"))
         if record.get("eval_size", eval_size) != eval_size:
             raise ConfigError(
                 f"eval-size must be that of the finished run in {config.out}, {record['eval_size']}; got {eval_size}; "

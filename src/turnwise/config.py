@@ -1,7 +1,6 @@
 """Every option of a training run on one screen; frozen; checked before any work starts."""
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -14,6 +13,7 @@ from turnwise.credit import ESTIMATORS, NEEDS, ONE_PER_ROLLOUT, TOKEN_ESTIMATORS
 from turnwise.errors import ConfigError, InputError, unknown_name
 from turnwise.judge import JudgeConfig
 from turnwise.protocols import NATIVE, ProtocolName, protocol_named
+from turnwise.records import parsed
 from turnwise.rewards import BUILT_IN, DEFAULT_WEIGHTS, ENVIRONMENT_WEIGHTS, JUDGED, OF_RECORDS
 from turnwise.rollout import check_branches
 from turnwise.tasks import parse_columns
@@ -621,10 +621,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = parsed(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError as error:
         raise InputError(f"a configuration file must exist; {path} does not") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} must be TOML or JSON; it cannot be read ({error})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} must hold a table of options; got {type(data).__name__}; write name and value pairs")

@@ -7,7 +7,6 @@ tools return are read, never learned.
 
 import dataclasses
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from turnwise.errors import ConfigError, InputError, TurnwiseError
 from turnwise.evaluation import place
 from turnwise.policy import Policy, save_policy
 from turnwise.protocols import ProtocolName, TagProtocol, opening, protocol_named, said_text
+from turnwise.records import parsed
 from turnwise.setting import make_tools, played_protocol
 from turnwise.tools import Tool
 from turnwise.training import start_policy
@@ -114,7 +114,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parsed(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: must be JSON; {error}; write one object a line") from error
 

@@ -61,6 +61,7 @@ from turnwise.paired import (
     proportion_interval,
     sign_test,
 )
+from turnwise.records import parsed
 
 NUMBERS = {"seeds": 5, "jobs": 2, "eval_size": 200}
 """The whole numbers of a comparison, and what they are unless the file says otherwise."""
@@ -193,7 +194,7 @@ def adopt(jobs: Mapping[Key, TrainConfig], runs: Path, eval_size: int) -> None:
     finished = {}
     for path in sorted(runs.glob("*/*/record.json")):
         with contextlib.suppress(TurnwiseError, OSError, ValueError, AttributeError):  # a damaged run is nobody's
-            if json.loads(path.read_text(encoding="utf-8")).get("eval_size") == eval_size:
+            if parsed(path.read_text(encoding="utf-8")).get("eval_size") == eval_size:
                 finished[_identity(read_config(path.parent))] = path.parent
     for job in jobs.values():
         found = finished.get(_identity(job))
@@ -525,9 +526,9 @@ def _last_step(file: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            record = json.loads(line)
+            record = parsed(line)
         except ValueError:
             continue
-        if record.get("split") == "train":
+        if isinstance(record, dict) and record.get("split") == "train":
             return record
     return None

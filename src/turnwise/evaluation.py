@@ -531,8 +531,8 @@ def run_policy(run: str | Path, checkpoint: Checkpoint = "best") -> tuple[Policy
             f"{str(run)!r} is none; check the path"
         )
     if is_run(folder):
-        source = chosen_checkpoint(folder, best=checkpoint == "best")
         config = read_config(folder, plays=True)
+        source = chosen_checkpoint(folder, best=checkpoint == "best")
         return place(load_policy(source, verified=True), config), config
     if _is_begun(folder):
         raise RunError(

@@ -12,17 +12,19 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-from turnwise.chat import BPETokenizer, Chat, load_chat
+from turnwise.chat import BPETokenizer, Chat, TemplateChat, load_chat
 from turnwise.display import turn_panel
 from turnwise.engine import ScriptedEngine
 from turnwise.env import Step, ToolEnvironment
 from turnwise.fuzz import CONTROL, MARKS, NOISE, TEXTS, fuzz_chat
+from turnwise.hostile_files import inspect_fault, paths_check, report_check, traces_check
 from turnwise.report.text import escaped, marked_up, one_line, visible
 from turnwise.rollout import Limits, run_rollout
+from turnwise.templates import Template
 from turnwise.tools import tool
 from turnwise.types import Action, Message, Rollout, Task, ToolCall, ToolResult, Turn, rollout_from_json
 
@@ -35,6 +37,12 @@ MARKUP = (
     "\u202e", "\u2066", "\u200b", "\ufeff", "\U000e0041", "\udc00", "\ud83d", "\ufdd0", "\ufdd1", "\uffff",
 )
 # fmt: on
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA = (
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eot_id|>", "<|eom_id|>", "<|python_tag|>"),
+)
+"""The special tokens of the two families of published templates."""
 PIECES = (*NOISE, *MARKUP, *CONTROL, *MARKS, *TEXTS)
 CALL = '<tool>\n{"name": "look", "args": {}}\n</tool>'
 ANSWER = "<answer>\na\n</answer>"
@@ -160,15 +168,36 @@ def terminal_fault(text: str) -> str | None:
     return None
 
 
-def stages(chat: Chat) -> dict[str, tuple[Check, float]]:
+def published_chats(templates: Path, checkpoint: Path) -> dict[str, Chat]:
+    """A chat for each chat template in a folder of `*.jinja`, over a checkpoint's tokenizer."""
+    found: dict[str, Chat] = {}
+    for file in sorted(templates.glob("*.jinja")):
+        source = file.read_text(encoding="utf-8")
+        tokenizer = load_chat(checkpoint).tokenizer
+        assert isinstance(tokenizer, BPETokenizer), "a chat of bytes has no control tokens to forge"
+        llama = "<|start_header_id|>" in source
+        special = LLAMA if llama else CHATML
+        tokenizer.backend.add_special_tokens([*special])
+        ends = {"bos_token": LLAMA[0], "eos_token": LLAMA[4]} if llama else {"eos_token": CHATML[-1]}
+        found[file.stem] = TemplateChat(BPETokenizer(tokenizer.backend), Template(source=source, tokens=ends))
+    return found
+
+
+def stages(chat: Chat, published: Mapping[str, Chat] | None = None) -> dict[str, tuple[Check, float]]:
     """Each stage's check, and its share of the texts."""
+    own = {f"frame of {name}": (tokens_check(chat), 0.002) for name, chat in (published or {}).items()}
     return {
-        "tokens": (tokens_check(chat), 0.3),
-        "frame of a template": (tokens_check(fuzz_chat()), 0.1),
+        **own,
+        "tokens": (tokens_check(chat), 0.28),
+        "frame of a template": (tokens_check(fuzz_chat()), 0.09),
         "rollout": (rollout_check(chat), 0.01),
-        "record": (record_fault, 0.43),
+        "record": (record_fault, 0.36),
         "page": (page_fault, 0.15),
         "terminal": (terminal_fault, 0.01),
+        "paths": (paths_check(), 0.02),
+        "traces": (traces_check(), 0.06),
+        "report": (report_check(), 0.0005),
+        "inspect": (inspect_fault, 0.02),
     }
 
 
@@ -194,10 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", type=Path, default=EMBEDDED, help="a folder whose tokenizer and template to use"
     )
+    parser.add_argument("--templates", type=Path, help="a folder of published chat templates to frame texts with, too")
     options = parser.parse_args(argv)
+    published = published_chats(options.templates, options.checkpoint) if options.templates else None
     failed = 0
     print("| stage | inputs | seconds | failures |\n|---|---|---|---|")
-    for name, (check, share) in stages(load_chat(options.checkpoint)).items():
+    for name, (check, share) in stages(load_chat(options.checkpoint), published).items():
         count, start = max(1, round(share * options.count)), time.perf_counter()
         found = failures(name, check, count, options.seed)
         failed += len(found)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,8 @@ from turnwise.engines.families import check_model, longest_context, output_logit
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.logits import logprobs_of
 from turnwise.lora import load_adapter
-from turnwise.sources import adapter_base, handed_on, is_adapter, policy_folder
+from turnwise.records import parsed
+from turnwise.sources import adapter_base, check_code, handed_on, is_adapter, policy_folder
 
 EMBEDDED = {"embedded": "policy", "embedded-search": "policy-search"}
 """The checkpoints that ship with the package, by name: for the protocols `tools` and `search`; and their folders."""
@@ -127,6 +127,7 @@ def _without_bars() -> Iterator[None]:
 
 def _adapted(folder: Path) -> Policy:
     """An adapter in its base model, with the tokenizer that was saved beside the adapter."""
+    check_code(folder)
     base, revision = adapter_base(folder)
     try:
         policy = _loaded(named_folder(base, revision)[0])
@@ -140,6 +141,7 @@ def _adapted(folder: Path) -> Policy:
 
 def _loaded(folder: Path) -> Policy:
     _check_config(folder)
+    check_code(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -179,7 +181,7 @@ def _unreadable(folder: Path, error: Exception) -> RunError:
 def _check_config(folder: Path) -> None:
     """Before any weight is read: RunError for a damaged configuration, ConfigError for another kind of model."""
     try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record = parsed((folder / "config.json").read_text(encoding="utf-8"))
         kind = record.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise _unreadable(folder, error) from error

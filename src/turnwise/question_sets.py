@@ -8,13 +8,12 @@ NQ-open's records (Lee et al., 2019) are plain ones. Standard library only.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from turnwise.errors import InputError
-from turnwise.records import Record, shown
+from turnwise.records import Record, parsed, shown
 from turnwise.types import Task
 
 Format = Literal["triviaqa", "squad", "hotpotqa", "musique", "popqa", "bamboogle", "gsm8k", "flashrag"]
@@ -135,7 +134,7 @@ def _hotpotqa(record: Record) -> Iterator[Question]:
 
 def _pairs(value: Any, *seconds: str) -> list[Any]:
     """Titles, each with what belongs to it: a list of pairs, two named lists as on the hub, or JSON text of either."""
-    value = json.loads(value) if isinstance(value, str) else value
+    value = parsed(value) if isinstance(value, str) else value
     if isinstance(value, dict):
         second = next((name for name in seconds if name in value), seconds[0])
         return [*zip(value["title"], value[second], strict=True)]
@@ -173,7 +172,7 @@ def _in_hop_order(gold: list[Mapping[str, Any]], question: Mapping[str, Any]) ->
 
 def _popqa(record: Record) -> Iterator[Question]:
     answers = record["possible_answers"]
-    answers = json.loads(answers) if isinstance(answers, str) else answers
+    answers = parsed(answers) if isinstance(answers, str) else answers
     kept = ("subj", "obj", "s_wiki_title", "o_wiki_title", "s_pop", "o_pop")
     task = Task(
         id=record["id"],

@@ -6,14 +6,16 @@ Parquet and data sets the extra `data`.
 """
 
 import contextlib
+import functools
 import gzip
 import importlib
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from turnwise.errors import InputError
 
@@ -26,6 +28,10 @@ CONTAINERS = ("Data", "data")
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(\[.*\])?")
 _COLON = re.compile(r":(?![^\[]*\])")
 """A colon that is not inside the brackets of a split such as train[:100]."""
+LONGEST_LINE = 64_000_000
+"""Most bytes of one line in a file of JSON lines."""
+UNPACKED_FREELY, MOST_UNPACKED = 256_000_000, 200
+"""A compressed file may unpack to so many bytes, or to so many times its own size; text is about 5 times."""
 _SAVED = ("dataset_dict.json", "state.json")
 """What a data set that was saved to a folder has there."""
 
@@ -52,15 +58,39 @@ def read_rows(source: str | Path, split: str = "train") -> Iterator[tuple[str, R
 # -------------------------------------------------------------------------- lines of JSON
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def parsed(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError where it is none, or is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def bounded_lines(file: IO[bytes], name: str | Path, longest: int = LONGEST_LINE) -> Iterator[bytes]:
+    """The lines of a file; InputError, with the line's number, at one that is longer, which is not read."""
+    for number, line in enumerate(iter(functools.partial(file.readline, longest + 1), b""), start=1):
+        if len(line) > longest:
+            raise InputError(f"{name}:{number} must be a line of at most {longest} bytes; it is longer; split the file")
+        yield line
+
+
+def read_lines(path: Path, *, longest: int = LONGEST_LINE) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 text file, `.gz` included; blank lines are left out.
 
-    Raises InputError where the file is missing, is no text, or is cut off.
+    Raises InputError where the file is missing, is no text, is cut off, has a line that is longer than `longest`, or
+    unpacks to far more than text does.
     """
-    number = 0
+    number = size = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        packed = path.stat().st_size if path.suffix == ".gz" else None
+        with gzip.open(path) if packed is not None else path.open("rb") as file:
+            for number, line in enumerate(bounded_lines(file, path, longest), start=1):
+                size += len(line)
+                if packed is not None and size > max(UNPACKED_FREELY, MOST_UNPACKED * packed):
+                    raise InputError(
+                        f"{path} must be packed text; it unpacks to more than {MOST_UNPACKED} times its size; unpack "
+                        "it yourself if it is meant to"
+                    )
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield number, text
@@ -92,8 +122,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
 def record_of_line(where: str, text: str) -> Record:
     """The JSON object of a line; `where` begins the text of an InputError."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parsed(text)
+    except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(
             f"{where}: each line must be one JSON object; got {shown(text)} ({reason}); write JSON lines"
@@ -108,12 +138,12 @@ def record_of_line(where: str, text: str) -> Record:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Record]]:
     """The objects of a JSON list, of the list in a container, or of lines after all; one object alone is one record."""
-    lines = [*read_lines(path)]
+    lines = [*read_lines(path, longest=sys.maxsize // 2)]  # all of it is one value
     if not lines:
         raise InputError(f"{path} must hold JSON; it is empty; fetch it again")
     try:
-        value = json.loads("\n".join(text for _, text in lines))
-    except (ValueError, RecursionError) as error:
+        value = parsed("\n".join(text for _, text in lines))
+    except ValueError as error:
         if _is_object(lines[0][1]):
             yield from ((f"{path}:{number}", record_of_line(f"{path}:{number}", text)) for number, text in lines)
             return
@@ -136,8 +166,8 @@ def _items(value: Any) -> list[Any]:
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parsed(line), dict)
+    except ValueError:
         return False
 
 

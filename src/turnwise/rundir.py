@@ -39,7 +39,8 @@ from turnwise.config import TrainConfig, config_from_dict, config_to_dict
 from turnwise.critic import Critic
 from turnwise.errors import RunError
 from turnwise.policy import Policy, save_policy
-from turnwise.trust import check_own, seal_of
+from turnwise.records import parsed
+from turnwise.trust import check_links, check_own, seal_of
 
 FORMAT = 1
 STATE_FIELDS: Mapping[str, type | tuple[type, ...]] = {
@@ -75,6 +76,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces a file's content in one step."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
+        if partial.is_symlink():  # what it leads to is not ours
+            partial.unlink()
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -126,16 +129,17 @@ def read_config(path: Path, *, plays: bool = False) -> TrainConfig:
 
     Who `plays` it executes the code that it names: RunError where a stranger may have made it.
     """
+    check_links(path)
     file = path / "config.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parsed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} must be a run directory; its config.json cannot be read ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise RunError(f"{path} must be a run directory; its config.json holds no configuration; name a run")
     if record.get("format") != FORMAT:
         raise RunError(
-            f"{file} must have format {FORMAT}; got {record.get('format')!r}; use the version of turnwise that "
+            f"{file} must have format {FORMAT}; got {record.get('format')!r:.60}; use the version of turnwise that "
             f"wrote it ({record.get('turnwise', 'unknown')})"
         )
     config = config_from_dict(record["config"], str(file))
@@ -178,7 +182,7 @@ def cut_lines(path: Path, *, after_step: int) -> None:
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parsed(line)
         except ValueError:
             if line and any(lines[number:]):
                 warnings.warn(f"{path.name}:{number} is damaged and was dropped: {line[:60]}", stacklevel=2)
@@ -199,8 +203,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     with contextlib.suppress(ValueError):
-        return [json.loads(line) for line in lines]
-    return [json.loads(line) for line in lines[:-1]]
+        return [parsed(line) for line in lines]
+    return [parsed(line) for line in lines[:-1]]
 
 
 def missing_lines(path: Path, records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -347,7 +351,7 @@ def latest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
 
 def _checkpoint_state(folder: Path) -> tuple[str, dict[str, Any] | None]:
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = parsed((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             return f"format {state['format']!r}, not {FORMAT}", None
         fault = _checkpoint_damage(folder, state)

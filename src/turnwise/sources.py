@@ -3,12 +3,13 @@
 No code that stands beside a model is ever run, and weights are read from safetensors alone.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from turnwise.errors import InputError
+from turnwise.records import parsed
 
 HANDED_ON = (
     "tokenizer.json",
@@ -27,6 +28,8 @@ HANDED_ON = (
 """What a checkpoint of a run takes over from the model that it began with, as it is."""
 IS_MODEL, IS_ADAPTER = "config.json", "adapter_config.json"
 """The files by which a folder is a model, or an adapter without its base model."""
+IMPLEMENTATIONS = ("eager", "sdpa", "batched_mm", "grouped_mm")
+"""The ways to compute attention and experts that are transformers' and torch's own; others can be code of the hub."""
 _UNREAD = ["*/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.py"]
 """What is not fetched from the hub."""
 
@@ -83,6 +86,45 @@ def handed_on(folder: Path) -> Mapping[str, bytes]:
     return {name: (folder / name).read_bytes() for name in HANDED_ON if (folder / name).is_file()}
 
 
+def check_code(folder: Path) -> None:
+    """InputError where reading a model or an adapter could run what its maker wrote.
+
+    Weights in anything but safetensors are programs, or hold them; what reads them refuses the worst, which is not
+    relied upon. Settings can name kernels of the hub and modules to import.
+    """
+    for index in folder.glob("*.index.json"):
+        named = _settings(index).get("weight_map")
+        for name in named.values() if isinstance(named, dict) else [named]:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise _not_read(f"{index} lists {name!r}", "have its maker save it as safetensors")
+    if is_adapter(folder):
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise _not_read(f"{folder} has no adapter_model.safetensors", "have its maker save it as safetensors")
+        if _settings(folder / IS_ADAPTER).get("megatron_config") is not None:
+            raise _not_read(f"{folder / IS_ADAPTER} has a module to import, in megatron_config", "delete it there")
+        return
+    settings = _settings(folder / IS_MODEL)
+    weights = settings.get("transformers_weights")
+    if weights is not None and (Path(str(weights)).name != weights or not weights.endswith(".safetensors")):
+        raise _not_read(f"{folder / IS_MODEL} has transformers_weights = {weights!r}", "delete it there")
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        if settings.get(name) not in (None, *IMPLEMENTATIONS):
+            raise _not_read(f"{folder / IS_MODEL} has {name} = {settings[name]!r}", "delete it there")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        found = parsed(file.read_bytes())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} must be JSON; it cannot be read ({error}); restore the file") from error
+
+
+def _not_read(what: str, remedy: str) -> InputError:
+    shown = " ".join(what.split())[:300]
+    return InputError(f"a policy must be numbers and settings in safetensors and JSON alone; {shown}; {remedy}")
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter that needs its base model from elsewhere."""
     return (folder / IS_ADAPTER).is_file() and not (folder / IS_MODEL).is_file()
@@ -91,7 +133,7 @@ def is_adapter(folder: Path) -> bool:
 def adapter_base(folder: Path) -> tuple[str, str | None]:
     """What an adapter names as its base model: a folder or a hub's name, and the revision. InputError if nothing."""
     try:
-        record = json.loads((folder / IS_ADAPTER).read_text(encoding="utf-8"))
+        record = parsed((folder / IS_ADAPTER).read_text(encoding="utf-8"))
         return str(record["base_model_name_or_path"]), record.get("revision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

@@ -1,21 +1,26 @@
 """Chat templates of checkpoints: read from their folders and rendered as transformers renders them, in a sandbox.
 
 A template is Jinja2 in `chat_template.jinja` or under `chat_template` in `tokenizer_config.json`; some checkpoints have
-one more for conversations with tools. Templates come from strangers: they see plain data alone.
+one more for conversations with tools. Templates come from strangers: they see plain data alone, and run in a process
+that the system bounds (`rendering`).
 """
 
-import datetime
-import functools
+import atexit
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from turnwise import rendering
 from turnwise.errors import RunError
+from turnwise.records import parsed
 
-TODAY = datetime.date(2024, 7, 26)
-"""The date that templates are told, which is Llama 3's default, so that equal runs have equal prompts on any day."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that templates know by name."""
 
@@ -43,52 +48,67 @@ class Template:
         template's own reason, where it refuses the conversation or cannot be run.
         """
         source = self.tool_source if tools is not None and self.tool_source else self.source
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generate}
         try:
-            return _compiled(source).render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=generate, **self.tokens
-            )
-        except Exception as error:  # whatever a stranger's program raises
-            reason = " ".join(f"{error}".split())[:200]
+            return _RENDERER.render(source, {**values, **self.tokens})
+        except (ValueError, TypeError, RecursionError, OSError) as error:
             raise RunError(
-                f"the chat template must take the conversation; it fails with {reason or type(error).__name__}; "
+                f"the chat template must take the conversation; it fails with {error}; "
                 "use messages of roles that it knows, or another template"
             ) from error
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> Any:
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class _Renderer:
+    """The process that renders, started when it is first asked, and again when it ended."""
 
-    class Generation(Extension):
-        """`{% generation %}`, by which some templates mark the assistant's text, writes what it encloses."""
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
 
-        tags = {"generation"}  # noqa: RUF012
+    def render(self, source: str, values: Mapping[str, Any] | None) -> str:
+        """The text; ValueError with the reason where there is none."""
+        request = json.dumps({"source": source, "values": values, "seconds": rendering.SECONDS}).encode() + b"\n"
+        with self._lock:
+            line = self._answer(request)
+        if not line:
+            self.close()
+            raise ValueError(f"more than {rendering.SECONDS:g} seconds or {rendering.MEGABYTES} MB")
+        answer = parsed(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def _answer(self, request: bytes) -> bytes:
+        """The line that answers a request; none where the process ended over it."""
+        process = self._started()
+        assert process.stdin
+        assert process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(request)
+            process.stdin.flush()
+        return process.stdout.readline()
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-P", str(Path(rendering.__file__))]  # -P: our types.py is not Python's
+            quiet = subprocess.DEVNULL
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, start_new_session=True
+            )
+        return self._process
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def close(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            process.communicate()
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = TODAY.strftime
-    return environment.from_string(source)
+
+_RENDERER = _Renderer()
+atexit.register(_RENDERER.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_RENDERER.__init__)  # the process answers the one that started it
 
 
 def read_template(folder: Path) -> Template | None:
@@ -108,10 +128,10 @@ def read_template(folder: Path) -> Template | None:
     template = Template(source=source, tool_source=named.get("tool_use"), tokens=named_tokens(settings))
     for text in filter(None, (template.source, template.tool_source)):
         try:
-            _compiled(text)
-        except Exception as error:  # a syntax error, or one of the sandbox
+            _RENDERER.render(text, None)
+        except (ValueError, OSError) as error:
             raise RunError(
-                f"the chat template in {folder} must be Jinja2; it cannot be read ({' '.join(str(error).split())}); "
+                f"the chat template in {folder} must be Jinja2; it cannot be read ({error}); "
                 "correct it, or delete it to use ChatML"
             ) from error
     return template
@@ -132,7 +152,7 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(_text(path))
+        settings = parsed(_text(path))
     except ValueError as error:
         raise RunError(f"{path} must be JSON; it cannot be read ({error}); restore the file") from error
     if not isinstance(settings, dict):

@@ -290,6 +290,7 @@ def _of_run(record: Mapping[str, Any], place: str) -> Trace:
         seen = rollout.get("states") or [tuple(ids) for ids in replies]  # equal observations are taken for equal states
         nodes = rollout.get("nodes") or [None] * len(seen)
         values = record.get("baselines", {}).get("value") or [None] * len(seen)
+        hash((record["step"], rollout["group"], *seen, *nodes))  # a TypeError where one is a list or an object
         return Trace(
             id=f"{rollout['task_id']} #{place.rpartition(':')[2]}",
             group=(record["step"], rollout["group"]),

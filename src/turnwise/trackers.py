@@ -15,6 +15,7 @@ from typing import Any
 
 from turnwise.config import TrainConfig, config_to_dict
 from turnwise.errors import ConfigError
+from turnwise.records import parsed
 from turnwise.rundir import TRACKER_FILE, write_atomically
 
 PROJECT = "turnwise"
@@ -147,7 +148,7 @@ def _wandb(config: TrainConfig, after: int | None) -> tuple[Log, Callable[[], No
 
 def _saved_id(path: Path) -> str | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["id"]
+        return parsed(path.read_text(encoding="utf-8"))["id"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

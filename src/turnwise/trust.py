@@ -1,6 +1,7 @@
 """Which runs are this user's own: a stranger's may name code, and whoever plays it would execute that.
 
-Every run's config.json is sealed with a key that stands in the user's configuration folder and in no run.
+Every run's config.json is sealed with a key that stands in the user's configuration folder and in no run. A link in a
+run's folder could have another file read, or written, in its place: none may lead out.
 """
 
 import hashlib
@@ -14,6 +15,8 @@ from turnwise.errors import RunError
 
 TRUST = "TURNWISE_TRUST"
 """The environment variable that says, as 1, that the code which runs name has been read."""
+WANDB = "wandb"
+"""The folder in a run that a tracker keeps for itself."""
 KEY_BYTES = 32
 PLAIN_TOOLS = ("search", "calculator", "python")
 
@@ -36,6 +39,25 @@ def check_own(path: Path, content: str, seal: object, config: TrainConfig) -> No
         f"{path} must be a run that you made here, as playing it executes what it names; it is from elsewhere, or its "
         f"config.json was edited, and it has {', '.join(code)}; read that, then set {TRUST}=1"
     )
+
+
+def check_links(run: Path) -> None:
+    """RunError where something in a run's folder is a link that leads out of it, or neither a file nor a folder."""
+    if os.environ.get(TRUST) == "1":
+        return
+    root = run.resolve()
+    for folder, folders, files in os.walk(root):
+        if Path(folder) == root / WANDB:  # which links to its logs elsewhere; we read and write nothing there
+            folders.clear()
+            continue
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                fault = f"a link to {os.readlink(path)}; remove it, or set {TRUST}=1 if you made it"
+            elif path.exists() and not path.is_file() and not path.is_dir():
+                fault = "a pipe or a device; remove it"
+            else:
+                continue
+            raise RunError(f"{run} must hold files of its own alone; {path.relative_to(root)} is {fault}")
 
 
 def seal_of(content: str) -> str | None:

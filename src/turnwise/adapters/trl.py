@@ -639,7 +639,9 @@ def tool_tokenizer(folder: Any, *, protocol: ProtocolName = "tools") -> Any:
     """The tokenizer of a checkpoint of ours for TRL's own tool loop, in a tag protocol."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, padding_side="left", local_files_only=True, trust_remote_code=False
+    )
     tokenizer.chat_template = CHAT_TEMPLATE.replace("result>", f"{protocol_named(protocol).returned}>")
     tokenizer.response_template = response_template(protocol)
     return tokenizer

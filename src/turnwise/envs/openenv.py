@@ -1,6 +1,9 @@
 """Environments on an OpenEnv server: a session of its own for each rollout, per-step rewards as turn rewards."""
 
+import asyncio
+import http.client
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -21,10 +24,14 @@ from turnwise.envs.source import (
     whole_option,
 )
 from turnwise.errors import ConfigError, InputError, described
+from turnwise.records import parsed
 from turnwise.types import Message, Task
+from turnwise.web import whole_body
 
 TIMEOUT_S = 60.0
 """Seconds that connecting and every message may take."""
+MOST_BYTES = 16 << 20
+"""Most bytes of a message."""
 _OWN_FIELDS = ("metadata", "done", "reward")
 
 
@@ -99,7 +106,26 @@ def _session(url: str, timeout_s: float) -> Any:
             self.began = True
             return await super()._connect_async()
 
-    return Session(base_url=url, connect_timeout_s=timeout_s, message_timeout_s=timeout_s)
+        async def _send(self, message: dict[str, Any]) -> None:
+            if self._ws is not None and await _has_message(self._ws):
+                raise ConnectionError("the server answered more often than it was asked")
+            await super()._send(message)
+
+    return Session(
+        base_url=url,
+        connect_timeout_s=timeout_s,
+        message_timeout_s=timeout_s,
+        max_message_size_mb=MOST_BYTES / (1 << 20),
+    )
+
+
+async def _has_message(connection: Any) -> bool:
+    """Whether a message has come that nothing waits for; answers bear no number, so it would be the next one's."""
+    waiting = asyncio.ensure_future(connection.recv())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    return not waiting.cancelled() and not waiting.exception()
 
 
 def observation_text(observation: Mapping[str, Any]) -> str:
@@ -113,7 +139,7 @@ def observation_text(observation: Mapping[str, Any]) -> str:
 
 def _payload(written: str, field: str | None) -> dict[str, Any] | None:
     try:
-        found = json.loads(written)
+        found = parsed(written)
     except ValueError:
         found = None
     if isinstance(found, dict):
@@ -163,10 +189,10 @@ def _action_fields(url: str, timeout_s: float) -> tuple[dict[str, dict[str, Any]
         raise ConfigError(f"openenv: must be followed by a server's URL; got {url!r}; write openenv:http://HOST:PORT")
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/schema", timeout=timeout_s) as reply:
-            action = json.load(reply)["action"]
+            action = parsed(whole_body(reply, time.monotonic() + timeout_s))["action"]
         properties = {name: dict(schema) for name, schema in action["properties"].items() if name not in _OWN_FIELDS}
         return properties, [name for name in action.get("required", ()) if name in properties]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{url} must be an OpenEnv server that tells its schema; got {described(error)}; start it, or check the URL"
         ) from error

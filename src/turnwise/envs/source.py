@@ -1,6 +1,5 @@
 """What the environments from elsewhere have in common: where they come from, their tasks, and how actions are read."""
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from urllib.parse import parse_qsl
 
 from turnwise.env import Environment, Step, TurnLimit
 from turnwise.errors import ConfigError, InputError, unknown_name
+from turnwise.records import parsed
 from turnwise.types import Action, Message, Stop, Task, ToolCall, ToolResult
 
 Split = Literal["train", "validation", "test"]
@@ -88,7 +88,7 @@ def split_spec(kind: str, rest: str, known: Collection[str] | None) -> tuple[str
 
 def _read(value: str) -> Any:
     try:
-        return json.loads(value)
+        return parsed(value)
     except ValueError:
         return value
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from turnwise.errors import InputError, RunError
+from turnwise.records import bounded_lines, parsed
+from turnwise.trust import check_links
 from turnwise.types import Rollout, Task, rollout_from_json
 
 T = TypeVar("T")
@@ -104,7 +106,7 @@ class _Reader:
         offset = 0
         pending: tuple[str, Exception] | None = None
         with self.path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(bounded_lines(file, self.path.name), 1):
                 if pending is not None:
                     raise _bad_line(*pending) from pending[1]
                 place, start = f"{self.path.name}:{number}", offset
@@ -112,7 +114,7 @@ class _Reader:
                 if not raw.strip():
                     continue
                 try:
-                    value = json.loads(raw.decode())
+                    value = parsed(raw.decode())
                 except ValueError as error:  # torn if nothing follows, damaged otherwise
                     pending = place, error
                     continue
@@ -132,6 +134,7 @@ def load_run(path: str | Path) -> Run:
     and InputError, with file and line, where a record in it is damaged.
     """
     path = Path(path)
+    check_links(path)
     config = _config(path)
     metrics, rollouts = _Reader(path / "metrics.jsonl"), _Reader(path / "rollouts.jsonl")
     try:
@@ -166,7 +169,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     data = _json_file(path / "config.json")
     if data.get("format") != FORMAT:
         raise RunError(
-            f"{path}/config.json must have format {FORMAT}; got {data.get('format')!r}; "
+            f"{path}/config.json must have format {FORMAT}; got {_cut(data.get('format'))}; "
             "read it with the version of turnwise that wrote it"
         )
     return _field(data, "config", dict, "config.json")
@@ -180,7 +183,7 @@ def _arm(path: Path) -> str | None:
 
 def _json_file(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes().decode())
+        data = parsed(path.read_bytes().decode())
     except ValueError as error:
         raise InputError(f"{path} must be JSON; {error}; repair or delete it") from error
     except OSError as error:
@@ -217,8 +220,8 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{place}: metrics.{name} must be a number; got {value!r}; repair or delete the line")
-        if math.isfinite(value):
+            raise InputError(f"{place}: metrics.{name} must be a number; got {_cut(value)}; repair or delete the line")
+        if is_finite(value):
             metrics[name] = float(value)
         else:
             dropped += 1
@@ -226,11 +229,19 @@ def _metric_line(data: Mapping[str, Any], place: str) -> tuple[MetricLine, int]:
     line = MetricLine(
         step=_field(data, "step", int, place),
         split=_field(data, "split", str, place),
-        wall_s=float(wall_s) if isinstance(wall_s, int | float) else None,
+        wall_s=float(wall_s) if isinstance(wall_s, int | float) and is_finite(wall_s) else None,
         metrics=metrics,
         warnings=tuple(str(said) for said in data.get("warnings") or ()),
     )
     return line, dropped
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number, which may be a whole one of any length, is a finite float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
@@ -250,7 +261,7 @@ def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
         for place, offset, step, _ in where:
             if step in wanted:
                 file.seek(offset)
-                lines.append(_rollout_line(json.loads(file.readline()), place))
+                lines.append(_rollout_line(parsed(file.readline()), place))
     return tuple(sorted(lines, key=lambda line: line.step))
 
 
@@ -282,7 +293,7 @@ def _rollout_line(data: dict[str, Any], place: str) -> RolloutLine:
             },
             loss_mask=_per_turn(data.get("loss_mask"), bool),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{place} must be a recorded rollout; {type(error).__name__}: {error}; repair or delete the line"
         ) from error
@@ -309,7 +320,7 @@ def _evaluation(path: Path) -> Evaluation:
     data = _json_file(path)
     try:
         means = {str(n): m["mean"] for n, m in data["metrics"].items()}
-        numbers = {n: float(m) for n, m in means.items() if m is not None and math.isfinite(m)}
+        numbers = {n: float(m) for n, m in means.items() if m is not None and is_finite(m)}
         return Evaluation(name=str(data["name"]), mode=str(data["mode"]), means=numbers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
@@ -321,9 +332,15 @@ def _evaluation(path: Path) -> Evaluation:
 def _field(data: Mapping[str, Any], name: str, kind: type, place: str) -> Any:
     value = data.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        got = "nothing" if value is None else repr(value)
+        got = "nothing" if value is None else _cut(value)
         raise InputError(f"{place}: {name} must be of type {kind.__name__}; got {got}; repair or delete the line")
     return value
+
+
+def _cut(value: object) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _bad_line(place: str, error: Exception) -> InputError:

@@ -24,6 +24,7 @@ from typing import Any, Self
 import tantivy
 
 from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError
+from turnwise.records import parsed
 from turnwise.search.corpus import ATLAS, ArticleLike, corpus_files, load_corpus
 
 FORMAT = 1
@@ -300,7 +301,7 @@ def _is_segment(file: Path) -> bool:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parsed((folder / MANIFEST).read_text(encoding="utf-8"))
         return {name: manifest[name] for name in ("format", "fingerprint", "files")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turnwise.config import on_engine
 from turnwise.errors import ConfigError, RunError
@@ -39,7 +40,11 @@ MAX_REQUESTS = 256
 """Most requests under way; more are told to come back."""
 MAX_ROWS = 64
 """Most requests that are drawn together; others wait for a row."""
+HEAD_TIMEOUT_S = 30.0
+"""Seconds from the connection, or the answer before, until a request's head has come whole."""
 BODY_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 60.0
+"""Seconds that a client may leave what was sent to it unread."""
 STOP_S = 10.0
 """How long requests under way may take after Ctrl-C."""
 
@@ -77,6 +82,51 @@ def load_served(
     )
 
 
+class Impatient(H11Protocol):
+    """A connection of uvicorn's that is dropped where a head does not come, or an answer is not taken, in time.
+
+    uvicorn itself waits for a connection's first head for ever, and for a later one as long as bytes come.
+    """
+
+    _head: asyncio.TimerHandle | None = None
+    _answer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before and self._head:
+            self._head.cancel()
+
+    def on_response_complete(self) -> None:
+        before = self.cycle
+        super().on_response_complete()
+        if self.cycle is before and not self.transport.is_closing():
+            self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._answer = self.loop.call_later(ANSWER_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._answer:
+            self._answer.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in filter(None, (self._head, self._answer)):
+            timer.cancel()
+
+    def _await_head(self) -> None:
+        if self._head:
+            self._head.cancel()
+        self._head = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+
 def server(app: Starlette) -> uvicorn.Server:
     """The HTTP server over an application; `run(sockets=[...])` starts it."""
     return uvicorn.Server(
@@ -87,7 +137,7 @@ def server(app: Starlette) -> uvicorn.Server:
             server_header=False,
             ws="none",
             lifespan="off",
-            http="h11",
+            http=Impatient,
             loop="asyncio",
             timeout_graceful_shutdown=int(STOP_S),
         )

@@ -13,14 +13,18 @@ import logging
 import os
 import re
 import shlex
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from turnwise.background import Failure, Gate, lasting_loop, waited_for
 from turnwise.errors import ConfigError, InputError, ToolError
+from turnwise.toolbox import bounded
 from turnwise.tools import TIMEOUT_S, Tool, check_options, tool_mapping
+from turnwise.web import MAX_ANSWER_BYTES
 
 CONNECT_S = 30.0
 """Seconds that a server may take to start and to answer the first message."""
@@ -376,7 +380,8 @@ class Connection:
         if not server.url:
             from mcp import StdioServerParameters, stdio_client
 
-            command, *rest = server.command
+            within = [str(Path(bounded.__file__)), str(MAX_ANSWER_BYTES)]
+            command, *rest = [sys.executable, "-I", *within, *server.command]
             process = StdioServerParameters(command=command, args=rest, env=dict(server.env), cwd=server.cwd)
             async with stdio_client(process, errlog=said) as (read, write, *_):
                 yield read, write
@@ -385,10 +390,47 @@ class Connection:
         from mcp.shared._httpx_utils import create_mcp_http_client
 
         async with (
-            create_mcp_http_client(headers=dict(server.headers)) as client,
+            _bounded_client(create_mcp_http_client(headers=dict(server.headers))) as client,
             streamable_http_client(server.url, http_client=client) as (read, write, *_),
         ):
             yield read, write
+
+
+def _bounded_client(client: Any) -> Any:
+    """A client of httpx whose answers break off at a line that is longer than an answer may be, or that is packed."""
+    import httpx
+
+    class Bounded(httpx.AsyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            unended = 0
+            async for part in self._stream:
+                _, newline, tail = part.rpartition(b"\n")
+                unended = len(tail) if newline else unended + len(part)
+                if unended > MAX_ANSWER_BYTES:
+                    raise httpx.ReadError(f"a line of more than {MAX_ANSWER_BYTES} bytes")
+                yield part
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    def limited(handle: Any) -> Any:
+        async def answer(request: Any) -> Any:
+            response = await handle(request)
+            if response.headers.get("content-encoding", "identity") != "identity":
+                await response.aclose()
+                raise httpx.ReadError("a packed answer, which was not asked for")
+            response.stream = Bounded(response.stream)
+            return response
+
+        return answer
+
+    client.headers["accept-encoding"] = "identity"
+    for transport in filter(None, (client._transport, *client._mounts.values())):
+        transport.handle_async_request = limited(transport.handle_async_request)
+    return client
 
 
 class _UnknownSession(Exception):

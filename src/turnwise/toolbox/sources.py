@@ -1,6 +1,5 @@
 """The tools that a configuration names: files, built-in ones, MCP servers."""
 
-import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turnwise.errors import ConfigError, InputError, unknown_name
+from turnwise.records import parsed
 from turnwise.tool_files import load_tools
 from turnwise.tools import Tool, tool_mapping
 
@@ -73,8 +73,8 @@ def _python(*, allow_unisolated: bool = False) -> Tool:
 def _table(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return parsed(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError as error:
         raise InputError(f"{path} must be a file of MCP servers; there is no such file; check the path") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} must be JSON or TOML; it cannot be read ({error}); correct it") from error
