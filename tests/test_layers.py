@@ -72,6 +72,7 @@ LAYERS = [
     "correction",
     "learning",
     "memory",
+    "ahead",
     "watch",
     "trackers",
     "training",
