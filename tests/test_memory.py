@@ -73,11 +73,19 @@ def test_passes_on_shapes_take_what_real_passes_take(model: Qwen2ForCausalLM):
     model.train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with Live() as live:
+    with Live((*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None))) as live:
         token_logprobs(model, batch, batch.loss)[0].sum().backward()
     model.zero_grad()
     found = memory_estimate(model, CONFIG, LENGTHS)
     assert found.update["activations"] + found.update["logits and backward"] == pytest.approx(live.most, rel=0.03)
+
+
+def test_views_of_what_is_there_take_nothing():
+    weight = torch.zeros(8, 4)
+    with Live((weight,)) as live:
+        made = weight.t() @ torch.zeros(8, 2)
+    assert live.most == 4 * (8 * 2 + 4 * 2)  # the zeros and the product
+    assert made.shape == (4, 2)
 
 
 def test_what_does_not_learn_has_no_gradient_and_keeps_less(model: Qwen2ForCausalLM):
