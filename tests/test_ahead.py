@@ -263,6 +263,22 @@ def test_a_kill_at_any_time_is_survived(world: dict[str, Any], tmp_path: Path):
         forks.close()
 
 
+@pytest.mark.slow
+def test_the_embedded_policy_learns_from_rollouts_that_are_one_update_old(tmp_path: Path):
+    train(
+        out=tmp_path / "run",
+        ahead=True,
+        sampler_correction="truncate",
+        steps=12,
+        tasks_per_step=8,
+        group_size=8,
+        validate_every=12,
+        validation_size=8,
+    )
+    returns = [step["return"] for step in steps(tmp_path / "run")]
+    assert sum(returns[-3:]) / 3 > sum(returns[:3]) / 3 + 0.3
+
+
 # ---------------------------------------------------------------------- the copy
 
 
