@@ -203,7 +203,7 @@ def test_a_failure_while_drawing_ahead_is_the_runs_own_and_keeps_the_steps_befor
 def test_a_failing_update_ends_what_is_drawn(world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "update", lambda *args, **options: crash())
     with pytest.raises(ZeroDivisionError):
-        train(**{**world, "max_turn_tokens": 200, "max_turns": 4}, out=tmp_path / "run")
+        train(**{**world, "max_turn_tokens": 100, "max_turns": 3}, out=tmp_path / "run")
     assert not any(thread.name.startswith("turnwise-ahead") for thread in threading.enumerate())
 
 
