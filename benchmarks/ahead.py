@@ -2,7 +2,7 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/ahead.py [--steps 6] [--threads 2] [--latency-ms 0 50 1000]
 
-Both ways have the same questions and options; of 0 ms it is the atlas's own search, else a search that sleeps for so long
+Both ways have the same questions and options; of 0 ms it is the atlas's own search, else one that sleeps for so long
 before it answers. A step's time is from one record to the next, without validations; medians leave out the first step,
 which draws first in both ways, and the last, beside which nothing is drawn.
 """
@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -37,7 +38,7 @@ def step_times(run: Path) -> dict[str, float]:
     """Medians of a run's steps in seconds: the whole step, its drawing and its update."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["split"] == "train"]
-    walls = [later["wall_s"] - earlier["wall_s"] for earlier, later in zip(steps, steps[1:], strict=False)]
+    walls = [later["wall_s"] - earlier["wall_s"] for earlier, later in itertools.pairwise(steps)]
     found = {"step": statistics.median(walls[:-1])}
     for name in ("rollout_s", "update_s"):
         found[name] = statistics.median(step["metrics"][name] for step in steps[1:-1])
@@ -52,7 +53,9 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--latency-ms", type=float, nargs="+", default=[0.0, 50.0, 1000.0])
     options = parser.parse_args()
-    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps of", end=" ")
+    print(
+        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.steps} steps of", end=" "
+    )
     print(f"{options.tasks} x {options.group_size} rollouts")
     print("tools, ms  way          step, s  drawing, s  update, s")
     for latency in options.latency_ms:

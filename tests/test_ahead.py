@@ -192,9 +192,10 @@ def test_a_failure_while_drawing_ahead_is_the_runs_own_and_keeps_the_steps_befor
             raise RunError("the engine must live; it died")
         return draw(*args, **options)
 
-    with monkeypatch.context() as broken, pytest.raises(RunError, match="the engine must live"):
+    with monkeypatch.context() as broken:
         broken.setattr(training, "draw", failing)
-        train(**world, out=tmp_path / "run")
+        with pytest.raises(RunError, match="the engine must live"):
+            train(**world, out=tmp_path / "run")
     assert latest_checkpoint(tmp_path / "run")[1]["step"] == 2
     train(**world, out=tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", whole)
@@ -255,9 +256,7 @@ def test_a_kill_at_any_time_is_survived(world: dict[str, Any], tmp_path: Path):
     try:
         operations(forks, tmp_path / "whole", options)
         whole = left(tmp_path / "whole")
-        ends = [
-            survived(forks, tmp_path / f"run{n}", options, whole, kill_after_s=0.1 + 0.07 * n) for n in range(20)
-        ]
+        ends = [survived(forks, tmp_path / f"run{n}", options, whole, kill_after_s=0.1 + 0.07 * n) for n in range(20)]
         assert "was killed" in ends
     finally:
         forks.close()

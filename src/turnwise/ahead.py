@@ -42,7 +42,9 @@ class Sampler(Generic[T]):
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         device = policy.model.device.type
         if device == "mps":
-            raise ConfigError("ahead must go with device cpu or cuda; Apple's GPU is used from one thread; leave it out")
+            raise ConfigError(
+                "ahead must go with device cpu or cuda; got mps, which is used from one thread; leave it out"
+            )
         self.policy = dataclasses.replace(policy, model=_copied(policy.model))
         self.cores, self.threads = halves(config, policy.model)
         self.engines = make_engines(self.policy, dataclasses.replace(config, threads=self.cores))
