@@ -222,6 +222,9 @@ _STARTING = threading.RLock()
 
 
 def _lane(loop: asyncio.AbstractEventLoop) -> _Lane:
+    known = _LANES.get(loop)
+    if known is not None:
+        return known
     with _STARTING:
         lane = _LANES.get(loop)
         if lane is None:
