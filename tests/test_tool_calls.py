@@ -343,7 +343,8 @@ def test_where_the_first_of_equal_calls_is_cancelled_the_next_one_makes_it():
             return "found"
 
         calls = [asyncio.create_task(call_tool({"look": look}, ToolCall(name="look", arguments={}))) for _ in range(3)]
-        await asyncio.sleep(0.01)
+        while not asked:
+            await asyncio.sleep(0.005)
         calls[0].cancel()
         calls[1].cancel()
         assert (await calls[2]).text == "found"
