@@ -8,7 +8,7 @@ is after the same work in small, so that what libraries load and compile at thei
 * Logits: log-probabilities of tokens over a vocabulary of 150,000 with their gradient, plain and in pieces.
 * Steps: rollouts through the engine and one update of a random Qwen2 (hidden 512, 8 layers, vocabulary 30,000), beside
   what `memory_estimate` said; in float32, with layers computed again, in bfloat16, in mixed precision, with a part that
-  learns, and with a critic.
+  learns, with a critic, with twice the tokens at once, and with adapters; and of the embedded policy.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from turnwise.engine import Sampling
 from turnwise.engines.hf import HFEngine
 from turnwise.learning import update
 from turnwise.logits import logprobs_of
+from turnwise.lora import add_lora
 from turnwise.memory import Lengths, longest_rows, memory_estimate
-from turnwise.policy import Policy
+from turnwise.policy import Policy, load_policy
 
 MIB = 2**20
 LENGTHS = Lengths(prompt=160, turn=32, result=60, turns=3, context=1024)
@@ -45,6 +46,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "last layer learns": {},
     "own critic": {"estimator": "mt-ppo"},
     "twice the tokens": {"micro_batch_tokens": 2048},
+    "adapters": {"lora_rank": 16},
+    "embedded": {},
 }
 
 
@@ -104,7 +107,9 @@ def logits(tokens: int, vocabulary: int, width: int, *, pieces: bool) -> None:
 
 
 def model(name: str, *, small: bool = False) -> Qwen2ForCausalLM:
-    """A random Qwen2 of 38 million parameters, or of some thousand."""
+    """A random Qwen2 of 38 million parameters, or of some thousand; or the embedded policy of a million."""
+    if name == "embedded" and not small:
+        return load_policy(name).model  # pyright: ignore[reportReturnType]
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=2_000 if small else 30_000,
@@ -121,6 +126,8 @@ def model(name: str, *, small: bool = False) -> Qwen2ForCausalLM:
     if name == "last layer learns":
         found.requires_grad_(False)
         found.model.layers[-1].requires_grad_(True)
+    if name == "adapters":
+        add_lora(found, rank=16, alpha=32, targets=(), seed=0, base="random")
     return found
 
 

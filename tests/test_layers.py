@@ -73,6 +73,7 @@ LAYERS = [
     "correction",
     "learning",
     "memory",
+    "ahead",
     "watch",
     "trackers",
     "training",

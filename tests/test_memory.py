@@ -53,6 +53,15 @@ def test_what_can_be_counted_is(model: Qwen2ForCausalLM):
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32, "the model itself stays as it is"
 
 
+def test_drawing_ahead_takes_a_copy_of_what_learns_and_both_halves_at_once(model: Qwen2ForCausalLM):
+    usual = memory_estimate(model, CONFIG, LENGTHS)
+    found = memory_estimate(model, replace(CONFIG, ahead=True), LENGTHS)
+    cache, weights = usual.held["rollout cache"], usual.held["weights"]
+    assert found.held == {**usual.held, "sampler": weights, "rollout cache": 2 * cache}
+    both = sum(usual.held.values()) + sum(usual.update.values()) + sum(usual.rollouts.values())
+    assert found.total == both + weights + cache
+
+
 def test_a_context_bounds_the_cache(model: Qwen2ForCausalLM):
     short = replace(LENGTHS, context=30)
     assert memory_estimate(model, CONFIG, short).held["rollout cache"] == 8 * 30 * 2 * 2 * 2 * 8 * 4

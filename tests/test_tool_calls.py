@@ -139,6 +139,27 @@ def test_a_call_that_hangs_is_a_timeout_and_ends_nothing():
     release.set()
 
 
+def test_every_call_has_its_own_time_though_one_timer_serves_them_all():
+    release = threading.Event()
+
+    @tool(timeout_s=0.1)
+    def wait(hangs: bool) -> str:
+        """Hangs, or not."""
+        return "late" if hangs and release.wait(30) else "in time"
+
+    async def scene() -> list[ToolResult]:
+        async def begun(after_s: float, hangs: bool) -> ToolResult:
+            await asyncio.sleep(after_s)
+            return await call_tool({"wait": wait}, ToolCall(name="wait", arguments={"hangs": hangs}))
+
+        return await asyncio.gather(begun(0, True), begun(0.03, False), begun(0.05, True), begun(0.25, True))
+
+    results = asyncio.run(scene())
+    release.set()
+    assert [result.error for result in results] == ["timeout", None, "timeout", "timeout"]
+    assert min(result.duration_s for result in results if result.error) > 0.09
+
+
 def test_a_tools_own_timeout_error_is_a_timeout():
     def slow() -> str:
         """Slow."""
@@ -322,7 +343,8 @@ def test_where_the_first_of_equal_calls_is_cancelled_the_next_one_makes_it():
             return "found"
 
         calls = [asyncio.create_task(call_tool({"look": look}, ToolCall(name="look", arguments={}))) for _ in range(3)]
-        await asyncio.sleep(0.01)
+        while not asked:
+            await asyncio.sleep(0.005)
         calls[0].cancel()
         calls[1].cancel()
         assert (await calls[2]).text == "found"

@@ -43,15 +43,15 @@ async def done_beside(function: Callable[[], Any], timeout_s: float | None) -> A
             stop()
 
     stop = _begun(function, tell)
-    timer = None if timeout_s is None else here.call_later(timeout_s, give_up)
+    deadline = None if timeout_s is None else lane.deadlines_of(timeout_s).add(here, give_up)
     try:
         return await waiting
     except asyncio.CancelledError:
         stop()
         raise
     finally:
-        if timer is not None:
-            timer.cancel()
+        if deadline is not None:
+            deadline.clear()
 
 
 def waited_for(function: Callable[[], Any]) -> Any:
@@ -74,19 +74,19 @@ def _begun(function: Callable[[], Any], tell: Callable[[Any], None]) -> Callable
 
 
 _IDLE: list[queue.SimpleQueue[Callable[[], None]]] = []
-"""The inboxes of threads without work, the latest last."""
-_IDLE_LOCK = threading.Lock()
+"""The inboxes of threads without work, the latest last. A list's own operations are whole: a lock would be one more
+thing that a thousand threads wait for."""
 _IDLE_S = 10.0
 """Seconds that a thread waits for new work before it ends."""
 
 
 def _in_thread(work: Callable[[], None], tell: Callable[[Any], None]) -> None:
     """Does work in an idle thread or a new one. They are daemons: one that hangs does not keep the process alive."""
-    with _IDLE_LOCK:
-        inbox = _IDLE.pop() if _IDLE else None
-    if inbox is not None:
-        inbox.put(work)
+    try:
+        _IDLE.pop().put(work)
         return
+    except IndexError:  # none is idle
+        pass
     try:
         threading.Thread(target=_works, args=(work,), name="turnwise-tool", daemon=True).start()
     except RuntimeError as error:  # no more threads
@@ -97,16 +97,15 @@ def _works(work: Callable[[], None]) -> None:
     inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     while True:
         work()
-        with _IDLE_LOCK:
-            _IDLE.append(inbox)
+        _IDLE.append(inbox)
         try:
             work = inbox.get(timeout=_IDLE_S)
         except queue.Empty:
-            with _IDLE_LOCK:
-                if inbox in _IDLE:
-                    _IDLE.remove(inbox)
-                    return
-            work = inbox.get()  # it was chosen in this very moment
+            try:
+                _IDLE.remove(inbox)
+                return
+            except ValueError:
+                work = inbox.get()  # it was chosen in this very moment
 
 
 def _run(function: Callable[[], Any], tell: Callable[[Any], None]) -> None:
@@ -131,6 +130,40 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
+class _Deadlines:
+    """Calls of one event loop that may take equally long: the first that began is the first that is given up.
+
+    So one timer serves all of them, and a call that ends in time has none to cancel.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._queue: deque[tuple[float, list[Callable[[], None]]]] = deque()
+        self._is_set = False
+
+    def add(self, loop: asyncio.AbstractEventLoop, give_up: Callable[[], None]) -> list[Callable[[], None]]:
+        """Calls `give_up` when the time is over, unless the list that is returned is empty by then."""
+        while self._queue and not self._queue[0][1]:
+            self._queue.popleft()
+        entry = [give_up]
+        self._queue.append((loop.time() + self._timeout_s, entry))
+        if not self._is_set:
+            self._set(loop)
+        return entry
+
+    def _set(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_set = True
+        loop.call_at(self._queue[0][0], self._ring, loop)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_set = False
+        while self._queue and (not self._queue[0][1] or self._queue[0][0] <= loop.time()):
+            for give_up in self._queue.popleft()[1]:
+                give_up()
+        if self._queue:
+            self._set(loop)
+
+
 HANDED_AT_ONCE = 64
 """After so many calls an event loop hands them over; the tools of the first rollouts work while the rest go on."""
 
@@ -139,38 +172,49 @@ class _Lane:
     """Calls that other threads hand to an event loop; it is woken once for all that have come.
 
     What an event loop hands over waits until all that is ready there had its turn, or for `HANDED_AT_ONCE` calls: a
-    thousand rollouts that go on at the same moment wake the other loop a few times.
+    thousand rollouts that go on at the same moment wake the other loop a few times. There is no lock: a call is in the
+    queue before it is asked whether the loop will come, which says so no longer before it empties the queue.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._calls: list[Callable[[], Any]] = []
-        self._lock = threading.Lock()
+        self._calls: deque[Callable[[], Any]] = deque()
+        self._comes = False
+        """Whether the loop has been woken and has not yet begun to empty the queue."""
+        self._waker: asyncio.AbstractEventLoop | None = None
+        """The event loop that will wake it when all that is ready there had its turn."""
+        self._deadlines: dict[float, _Deadlines] = {}
 
     def put(self, call: Callable[[], Any]) -> None:
-        with self._lock:
-            self._calls.append(call)
-            count = len(self._calls)
-        if count == HANDED_AT_ONCE:
+        self._calls.append(call)
+        if self._comes:
+            return
+        here = asyncio._get_running_loop()
+        if here is None or len(self._calls) >= HANDED_AT_ONCE:  # a thread without a loop
             self._wake()
-        elif count == 1:
-            here = asyncio._get_running_loop()
-            if here is None:  # a thread without a loop
-                self._wake()
-            else:
-                here.call_soon(self._wake)
+        elif self._waker is not here:
+            self._waker = here
+            here.call_soon(self._wake)
+
+    def deadlines_of(self, timeout_s: float) -> _Deadlines:
+        """Those of the loop's calls that may take so long."""
+        found = self._deadlines.get(timeout_s)
+        if found is None:
+            found = self._deadlines[timeout_s] = _Deadlines(timeout_s)
+        return found
 
     def _wake(self) -> None:
+        self._waker = None
         loop = self._loop()
-        if loop is not None:
+        if loop is not None and self._calls and not self._comes:
+            self._comes = True
             with contextlib.suppress(RuntimeError):  # of a loop that is closed: nobody waits there
                 loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        with self._lock:
-            calls, self._calls = self._calls, []
-        for call in calls:
-            call()
+        self._comes = False
+        for _ in range(len(self._calls)):
+            self._calls.popleft()()
 
 
 _LANES: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = weakref.WeakKeyDictionary()
@@ -178,6 +222,9 @@ _STARTING = threading.RLock()
 
 
 def _lane(loop: asyncio.AbstractEventLoop) -> _Lane:
+    known = _LANES.get(loop)
+    if known is not None:
+        return known
     with _STARTING:
         lane = _LANES.get(loop)
         if lane is None:

@@ -202,6 +202,9 @@ class TrainConfig:
     micro_batch_tokens: int = 2048
     """Most padded positions computed together in the update."""
 
+    ahead: bool = False
+    """Draw the next step's rollouts while a step is learned from; they are then one update old (docs/engines.md)."""
+
     validate_every: int = 20
     """Steps between validations; the first is before training."""
     validation_size: int = 128
@@ -311,6 +314,14 @@ class TrainConfig:
             raise unknown_name("engine", self.engine, ENGINES)
         if self.engine != "vllm" and self.vllm_memory_share != TrainConfig.vllm_memory_share:
             raise ConfigError(f"vllm-memory-share must go with engine vllm; got engine {self.engine}; leave it out")
+
+        if not isinstance(self.ahead, bool):
+            raise ConfigError(f"ahead must be true or false; got {self.ahead!r}; give one")
+        if self.ahead and self.engine == "vllm":
+            raise ConfigError(
+                "ahead must go with engine hf, which draws with a copy of the policy; vLLM in this process has one set "
+                "of weights, that of the last update, and is stepped by the thread that trains; leave one of them out"
+            )
 
     def _check_lora(self) -> None:
         """Raises ConfigError for options of LoRA where there is none, and for a critic that would copy the model."""

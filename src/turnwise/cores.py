@@ -25,15 +25,18 @@ def parts_at_once(model: torch.nn.Module, threads: int) -> int:
 def in_parallel(function: Callable[[T], R], items: Iterable[T], *, at_once: int) -> Iterator[R]:
     """`function` of every item, in order; `at_once` of them at a time, each in a thread of its own.
 
-    There torch computes an operation in the thread that asks for it alone.
+    There torch computes an operation in the thread that asks for it alone. Its setting is the process's: where it is
+    one thread anyway it is left alone, so that two threads may do this at the same time.
     """
     if at_once == 1:
         yield from map(function, items)
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if before != 1:
+        torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             yield from threads.map(function, items)
     finally:
-        torch.set_num_threads(before)
+        if before != 1:
+            torch.set_num_threads(before)

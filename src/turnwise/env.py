@@ -89,6 +89,9 @@ async def stepped(environment: Environment, text: str) -> Step:
         step = await step if inspect.isawaitable(step) else step
     if not isinstance(step, Step):
         raise TypeError(f"step() must return a Step; got {_shown(step)}")
+    texts = (*(result.text for result in step.results), *(message.content for message in step.reply))
+    if isinstance(step.results, tuple) and isinstance(step.reply, tuple) and all(len(t) <= MOST_CHARS for t in texts):
+        return step  # as nearly every one is
     results = tuple(dataclasses.replace(r, text=capped(r.text, MOST_CHARS)) for r in step.results)
     return dataclasses.replace(step, results=results, reply=_bounded(step.reply))
 

@@ -177,12 +177,14 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
             "optimiser": 2 * learned,
             "reference": weights if config.kl_coef and learned == weights else 0,  # of an adapter, the model without
             "critic": 3 * own,
+            "sampler": learned if config.ahead else 0,  # a copy; what does not learn is shared
             **_engine_bytes(fake, config, alive * lengths.rollout * cache_bytes(fake.config, size)),
         },
         update={
             "gradients": learned + own,
             "activations": activations,
             "logits and backward": backward,
+            "drawing ahead": drawing if config.ahead else 0,
         },
         rollouts={"feeding and drawing": 0 if config.engine == "vllm" else drawing},
     )
@@ -191,7 +193,7 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
 def _engine_bytes(model: PreTrainedModel, config: TrainConfig, cache: int) -> dict[str, int]:
     """What the engine keeps: a cache of so many bytes, or vLLM its share of the device, its own weights included."""
     if config.engine == "hf":
-        return {"rollout cache": cache}
+        return {"rollout cache": 2 * cache if config.ahead else cache}  # validations have engines of their own then
     return {"vLLM": int(config.vllm_memory_share * (device_memory(chosen_device(config.device, model)) or 0))}
 
 

@@ -54,7 +54,9 @@ KEPT_CHECKPOINTS = 2
 TRACKER_FILE = "tracker.json"
 BEFORE_A_STEP = {"config.json", "metrics.jsonl", "best", "tensorboard", "wandb", TRACKER_FILE}
 """What a run can leave before its first step."""
-OPTIMIZER, CRITIC, CRITIC_OPTIMIZER = (f"{name}.safetensors" for name in ("optimizer", "critic", "critic_optimizer"))
+OPTIMIZER, CRITIC, CRITIC_OPTIMIZER, SAMPLER = (
+    f"{name}.safetensors" for name in ("optimizer", "critic", "critic_optimizer", "sampler")
+)
 
 
 @contextlib.contextmanager
@@ -270,8 +272,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     critic: Critic | None = None,
+    sampler: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes a checkpoint that a run can continue from, and drops all but the newest few."""
+    """Writes a checkpoint that a run can continue from, and drops all but the newest few.
+
+    `sampler` are the weights that draw the next step's rollouts, where they are not the policy's.
+    """
     folder = checkpoint_folder(run, step)
     with writing(folder):
         partial = _fresh(folder.with_name(f".{folder.name}.partial"))
@@ -280,6 +286,8 @@ def save_checkpoint(
         if critic:
             save_file(critic.state(), partial / CRITIC)
             save_file(_optimizer_tensors(critic.optimizer), partial / CRITIC_OPTIMIZER)
+        if sampler:
+            save_file(dict(sampler), partial / SAMPLER)
         record = {"format": FORMAT, "step": step, **state}
         (partial / "state.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _put_in_place(partial, folder)
@@ -387,6 +395,11 @@ def load_critic(critic: Critic, folder: Path) -> None:
     """Puts a checkpoint's critic, weights and optimiser, into a fresh one of the same kind."""
     critic.load_state(_tensors(folder / CRITIC, "the critic"))
     load_optimizer(critic.optimizer, folder, CRITIC_OPTIMIZER)
+
+
+def load_sampler(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that draw the next step's rollouts."""
+    return _tensors(folder / SAMPLER, "the weights that draw ahead")
 
 
 def _tensors(file: Path, what: str) -> dict[str, torch.Tensor]:

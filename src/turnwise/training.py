@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from turnwise.ahead import Sampler
 from turnwise.batch import Row
 from turnwise.compute import update_flops
 from turnwise.config import CRITIC_METHODS, TrainConfig
@@ -54,6 +55,7 @@ from turnwise.rundir import (
     latest_checkpoint,
     load_critic,
     load_optimizer,
+    load_sampler,
     missing_lines,
     read_config,
     read_lines,
@@ -265,12 +267,21 @@ class _Run:
         self.is_between_steps = True
         """Whether the weights are those of the last whole step; an update that fails may leave them in between."""
         self.engines: Sequence[PolicyEngine] = ()
+        self.sampler: Sampler[_Drawn] | None = None
+        """Who draws the rollouts where that is not the policy itself."""
+        self.sampled_with: Mapping[str, torch.Tensor] | None = None
+        """The weights that draw the next step's rollouts, of the checkpoint that the run goes on from."""
 
     def start_engines(self) -> None:
         """Makes the engines, once, over the policy that the run goes on with: one of vLLM fills its share of a GPU."""
         self.engines = make_engines(self.policy, self.config)
+        if self.config.ahead:
+            self.sampler = Sampler(self.policy, self.config)
         if self.step:
             self._refresh(self.step)
+        if self.sampler and self.sampled_with:
+            self.sampler.follow(self.sampled_with, self.step - 1)
+            self.sampled_with = None
 
     def _optimizer(self) -> torch.optim.Optimizer:
         config = self.config
@@ -315,6 +326,8 @@ class _Run:
         self.critic = self._critic()
         if self.critic:
             load_critic(self.critic, folder)
+        if self.config.ahead:
+            self.sampled_with = load_sampler(folder)
         self.step, self.wall_s = state["step"], state["wall_s"]
         self.best = state.get("best_rank", 0), state["best"]  # earlier checkpoints have the number alone
         self.validation = state["validation"]
@@ -355,19 +368,20 @@ class _Run:
         records = read_lines(self.config.out / "metrics.jsonl")
         self.history = [record["metrics"] for record in records if record["split"] == "train"]
         try:
-            if self._lacks_validation():
-                self._validate(display)
-            while not self._is_over() and not interrupted():
-                record, rollout_lines = self._train_step()
-                self.step += 1
-                self.is_between_steps = True
-                self.wall_s = time.perf_counter() - started
-                self._log(record, display, rollout_lines)
-                if self.step % self.config.validate_every == 0 or self._is_over():
+            with self._cores_shared():
+                if self._lacks_validation():
                     self._validate(display)
-                self._check_skipped()
-                if self.step % self.checkpoint_every == 0:
-                    self._checkpoint()
+                while not self._is_over() and not interrupted():
+                    record, rollout_lines = self._train_step()
+                    self.step += 1
+                    self.is_between_steps = True
+                    self.wall_s = time.perf_counter() - started
+                    self._log(record, display, rollout_lines)
+                    if self.step % self.config.validate_every == 0 or self._is_over():
+                        self._validate(display)
+                    self._check_skipped()
+                    if self.step % self.checkpoint_every == 0:
+                        self._checkpoint()
         except BaseException:
             if self.is_between_steps:
                 with contextlib.suppress(RunError):  # what went wrong first is what is told
@@ -380,6 +394,20 @@ class _Run:
             finished=self._is_over(),
             validation=self.validation,
         )
+
+    @contextlib.contextmanager
+    def _cores_shared(self) -> Iterator[None]:
+        """Within, torch leaves cores to a sampler that draws ahead; at the end the sampler stops."""
+        if self.sampler is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(self.sampler.threads)
+            yield
+        finally:
+            self.sampler.close()
+            torch.set_num_threads(before)
 
     @property
     def checkpoint_every(self) -> int:
@@ -418,20 +446,28 @@ class _Run:
 
     def _is_over(self) -> bool:
         """Whether the steps are done or the budget of sampled tokens is spent."""
+        return self._would_end(self.step, self.sampled_tokens)
+
+    def _would_end(self, step: int, sampled: int) -> bool:
         budget = self.config.token_budget
-        return self.step >= self.config.steps or (budget is not None and self.sampled_tokens >= budget)
+        return step >= self.config.steps or (budget is not None and sampled >= budget)
 
     def _train_step(self) -> tuple[dict[str, float], list[Record]]:
         config, start = self.config, time.perf_counter()
-        drawn = self._drawn()
+        drawn = self._batch()
         rollouts = [rollout for group in drawn.played for _, rollout in group]
         rolled = time.perf_counter()
         kept = [r for group in drawn.kept for r in group]
         failures = _failures(rollouts)
         self._check_failures(rollouts, failures)
+        sampled = self.sampled_tokens + sum(sampled_tokens([r for _, r in group]) for group in drawn.played)
+        if self.sampler:
+            self.is_between_steps = False
+            self.sampler.follow(dict(self.policy.model.named_parameters()), self.step)
+            if not self._would_end(self.step + 1, sampled):
+                self.sampler.begin(self._drawing(self.step + 1, self.drawn_tasks + len(drawn.played)))
         kept = learned_from(kept, config, self.step)
-        threads = config.threads or torch.get_num_threads()
-        at_once = 1 if config.gradient_checkpointing else parts_at_once(self.policy.model, threads)
+        at_once = 1 if config.gradient_checkpointing else parts_at_once(self.policy.model, self._cores())
         credited = credit_rollouts(kept, config, self.critic, pad_id=self.policy.chat.pad_id, at_once=at_once)
         rows, mismatch = credited.rows, {}
         if config.sampler_correction != "none":
@@ -445,7 +481,7 @@ class _Run:
         ended = time.perf_counter()
         finished = [r for r in rollouts if _is_usable(r)]
         tokens = sum(r.num_tokens for r in finished)
-        self.sampled_tokens += sum(sampled_tokens([r for _, r in group]) for group in drawn.played)
+        self.sampled_tokens = sampled
         self.drawn_tasks += len(drawn.played)
         pairs = [pair for group in drawn.played for pair in group]
         by_id = {task.id: task for task, _ in pairs}
@@ -457,6 +493,7 @@ class _Run:
             **mismatch,
             **{name: value for name, value in learning.items() if name != "positions"},
             **(drawn.metrics() if config.dynamic_sampling else {}),
+            **({"updates_behind": _updates_behind(self.step, finished)} if config.ahead else {}),
             "turn_tokens": _turn_tokens(finished),
             "cut_unpaid": float(np.mean([_is_cut_unpaid(r) for r in finished])),
             "all_turns": float(np.mean([len(r.turns) == config.max_turns for r in finished])),
@@ -466,7 +503,7 @@ class _Run:
             "environment_calls": float(_environment_calls(drawn.played, config)),
             "update_flops": update_flops(self.policy, self.critic, learning["positions"], config, self.step),
             "tokens_per_s": tokens / (ended - start),
-            "rollout_s": rolled - start,
+            "rollout_s": drawn.seconds,
             "update_s": ended - rolled,
         }
         self.failures = failures
@@ -487,19 +524,35 @@ class _Run:
             f"{_first_failure(rollouts, what)}; mend it, then go on with --resume"
         )
 
-    def _drawn(self) -> "_Drawn":
-        """The step's rollouts. With dynamic sampling, groups without a signal make room for further tasks.
+    def _cores(self) -> int:
+        """How many cores the update may use."""
+        if self.sampler:
+            return self.sampler.cores
+        return self.config.threads or torch.get_num_threads()
+
+    def _batch(self) -> "_Drawn":
+        """The step's rollouts: drawn now, or ahead, while the step before it was learned from."""
+        draw = self._drawing(self.step, self.drawn_tasks)
+        return self.sampler.take(draw) if self.sampler else draw()
+
+    def _drawing(self, step: int, first: int) -> "Callable[[], _Drawn]":
+        """Draws a step's rollouts, of the tasks from place `first` of the order on."""
+        engines = self.sampler.engines if self.sampler else self.engines
+        return lambda: self._drawn(step, first, engines)
+
+    def _drawn(self, step: int, first: int, engines: Sequence[PolicyEngine]) -> "_Drawn":
+        """A step's rollouts. With dynamic sampling, groups without a signal make room for further tasks.
 
         What is still missing is drawn in each extra round; when the rounds are spent, groups without a signal fill the
         step up, the first ones first.
         """
-        config = self.config
+        config, start = self.config, time.perf_counter()
         played: list[list[tuple[Task, Rollout]]] = []
         live: list[int] = []
         rounds = 0
         while True:
             missing = config.tasks_per_step - len(live)
-            played += self._round(len(played), missing, rounds)
+            played += self._round(step, first + len(played), missing, rounds, engines)
             live = [i for i, group in enumerate(played) if not config.dynamic_sampling or self._is_live(group)]
             if len(live) == config.tasks_per_step or rounds == config.dynamic_sampling:
                 break
@@ -510,20 +563,22 @@ class _Run:
             [dataclasses.replace(r, group=number) for _, r in played[i] if _is_usable(r)]
             for number, i in enumerate(chosen)
         ]
-        return _Drawn(played=played, kept=kept, rounds=rounds)
+        return _Drawn(played=played, kept=kept, rounds=rounds, seconds=time.perf_counter() - start)
 
-    def _round(self, first: int, count: int, number: int) -> list[list[tuple[Task, Rollout]]]:
-        """Scored rollouts of the next `count` tasks after the step's `first`; the draws of a round are its own."""
+    def _round(
+        self, step: int, first: int, count: int, number: int, engines: Sequence[PolicyEngine]
+    ) -> list[list[tuple[Task, Rollout]]]:
+        """Scored rollouts of the `count` tasks from place `first` on; the draws of a round are its own."""
         config = self.config
-        tasks = ordered_tasks(self.setting.train, config.seed, self.drawn_tasks + first, count)
+        tasks = ordered_tasks(self.setting.train, config.seed, first, count)
         groups = draw(
             tasks,
             dataclasses.replace(self.setting, tool_failures=config.tool_failures),
-            self.engines,
+            engines,
             self.policy.chat,
             limits=self.limits,
             temperature=config.temperature,
-            seed=(config.seed, self.step, number) if number else (config.seed, self.step),
+            seed=(config.seed, step, number) if number else (config.seed, step),
             group_size=config.group_size,
             branches=config.branches,
         )
@@ -536,6 +591,9 @@ class _Run:
         return bool(usable) and has_signal(usable, self.config)
 
     def _validate(self, display: Display | None) -> None:
+        """Plays with the weights of the last update; after what is drawn ahead, as a user's tools are called alone."""
+        if self.sampler:
+            self.sampler.rest()
         size = self.config.validation_size
         tasks = spread(self.setting.validation, size)
         pairs = play(tasks, self.setting, self.engines, self.policy.chat, limits=self.limits)
@@ -582,7 +640,8 @@ class _Run:
             "skipped_in_a_row": self.skipped_in_a_row,
             "unwritten": self.unwritten,
         }
-        save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state, self.critic)
+        sampler = self.sampler.weights if self.sampler else None
+        save_checkpoint(self.config.out, self.step, self.policy, self.optimizer, state, self.critic, sampler)
         self.saved_step = self.step
 
 
@@ -598,6 +657,8 @@ class _Drawn:
     kept: list[list[Rollout]]
     """The groups that the step learns from, numbered anew, without the rollouts that failed."""
     rounds: int
+    seconds: float
+    """How long drawing and scoring took."""
 
     def metrics(self) -> dict[str, float]:
         """How much was drawn beside what the step learns from."""
@@ -608,6 +669,11 @@ def _environment_calls(played: Sequence[Sequence[tuple[Task, Rollout]]], config:
     """Tool calls that were answered, with an error too; messages to an environment that has no calls of its own."""
     turns = [turn for group in played for turn in turns_once([r for _, r in group])]
     return sum(len(turn.results) for turn in turns) if config.tag_protocol else len(turns)
+
+
+def _updates_behind(step: int, rollouts: Sequence[Rollout]) -> float:
+    """How many steps older the weights are that drew a step's rollouts than those that it begins with."""
+    return float(np.mean([step - rollout.policy_version for rollout in rollouts]))
 
 
 def _is_usable(rollout: Rollout) -> bool:

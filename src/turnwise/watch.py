@@ -224,7 +224,7 @@ def _flipped_signs(history: History) -> str | None:
 def _token_drift(history: History) -> str | None:
     """Before any update of the step, the trainer gives the sampled tokens other probabilities than the sampler."""
     gap = history[-1].get("sampler_kl", history[-1].get("sampler_gap", 0.0)) if history else 0.0
-    if gap <= 0.02:
+    if gap <= 0.02 or history[-1].get("updates_behind"):  # an update is between them
         return None
     return (
         f"sampler and trainer disagree: {gap:.3f} nats a token apart before the step's first update, where the same "

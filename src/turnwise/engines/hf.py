@@ -150,6 +150,7 @@ class HFEngine:
         self._hole_steps = 0
         self._driver: asyncio.Task[None] | None = None
         self._arrival: asyncio.Event | None = None
+        self._is_halted = False
         self._clear()
 
     async def generate(
@@ -160,6 +161,8 @@ class HFEngine:
         Raises InputError for an empty prompt, one longer than `max_context` - 1, a token id outside
         the vocabulary, or a second request of one session before the first is answered.
         """
+        if self._is_halted:
+            raise asyncio.CancelledError
         check_prompt(prompt_ids, vocab=self._vocab, max_context=self.max_context)
         earlier = self._sessions.get(session)
         check_answered(earlier is None or earlier.future.done(), session)
@@ -209,6 +212,10 @@ class HFEngine:
         assert not self._sessions, f"refresh with {len(self._sessions)} sessions alive"
         self.policy_version = policy_version
 
+    def halt(self) -> None:
+        """From another thread: whoever waits for a completion is cancelled, and whoever asks for one from now on."""
+        self._is_halted = True
+
     # ---- the driver ----
 
     async def _drive(self) -> None:
@@ -228,6 +235,8 @@ class HFEngine:
                     continue
                 self.stats.seconds += time.perf_counter() - began
                 await asyncio.sleep(0)
+                if self._is_halted:
+                    raise asyncio.CancelledError
         except BaseException as error:
             self._fail(error)
             if not isinstance(error, Exception):
