@@ -59,6 +59,24 @@ def write_run(path: Path, *, estimator: str, seed: int, steps: int = 60, rollout
     return path
 
 
+def bare_run(path: Path, lines: list, *, estimator: str = "mt-grpo", seed: int = 0, **config: Any) -> Path:
+    """A run directory of nothing but its configuration and these metric lines."""
+    path.mkdir(parents=True)
+    write_json(path / "config.json", {"format": 1, "config": {"estimator": estimator, "seed": seed, **config}})
+    write_lines(path / "metrics.jsonl", lines)
+    return path
+
+
+def metric_line(step: int, split: str = "validation", **metrics: float) -> dict[str, Any]:
+    return {"step": step, "split": split, "wall_s": 1.0, "metrics": metrics}
+
+
+def said_turn(text: str, **fields: Any) -> Turn:
+    """A turn of two tokens."""
+    fields = {"action": Action(), "action_ids": (5, 6), **fields}
+    return Turn(sampling_logprobs=(-1.0,) * len(fields["action_ids"]), text=text, **fields)
+
+
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data))
 

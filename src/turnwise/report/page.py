@@ -7,13 +7,11 @@ text from a rollout could run.
 
 import base64
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from turnwise.errors import InputError, RunError
 from turnwise.report import curves
@@ -31,7 +29,7 @@ from turnwise.report.tables import (
     paper_table,
     table_notes,
 )
-from turnwise.report.text import escaped, one_line
+from turnwise.report.text import embedded_json, escaped, one_line
 
 SCRIPTS = ("elements.js", "charts.js", "rollout.js", "group.js", "browser.js")
 """The page's script in its order."""
@@ -81,12 +79,6 @@ def page(runs: Sequence[Run]) -> str:
         browser=resource("browser.html") if shown["rollouts"] else "<p>These runs recorded no rollouts.</p>",
         scope=escaped(_scope(runs, len(shown["rollouts"]))),
     )
-
-
-def embedded_json(value: Any) -> str:
-    """`value` as JSON that is safe between script tags: no <, > or & can stand in it."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def resource(name: str) -> str:
