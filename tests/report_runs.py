@@ -31,6 +31,11 @@ FACTS = [
      "The official language is Dutch.", ("Paramaribo", "Africa", "South America"), "country"),
 ]  # fmt: skip
 GROUP_SIZE = 12
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "<!-- --> ]]> &lt; \x1b[31mred\x1b[0m \x00\x07\x7f \u202eright-to-left "
+    "[bold]rich[/bold] \ud800 'q' \"q\""
+)
 
 
 def z(values: Sequence[float]) -> np.ndarray:

@@ -23,7 +23,7 @@ if (browser) {
   let page = 0;
   let grouped = false;
   let groups = [];
-  let group = 0;
+  let group = null;
 
   const fill = (select, options) =>
     select.replaceChildren(...options.map(([value, said]) => make("option", { value }, said)));

@@ -9,7 +9,7 @@ const pairs = (head, found) => (found || []).map(([name, value]) => [`${head}${t
 const underlined = (said, golds) => {
   const names = golds.filter((name) => name.trim().length > 1).sort((a, b) => b.length - a.length);
   if (!names.length) return [said];
-  const words = names.map((name) => name.replace(/[\\^$.*+?()[\]{}|\-/]/g, "\\$&")).join("|");
+  const words = names.map((name) => name.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&")).join("|");
   const parts = said.split(new RegExp(`(?<![\\p{L}\\p{N}_])(${words})(?![\\p{L}\\p{N}_])`, "iu"));
   return parts.map((part, i) => (i % 2 ? make("u", {}, part) : part));
 };
