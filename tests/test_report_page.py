@@ -62,8 +62,8 @@ def one_rollout_run(path: Path, *rollouts: Rollout, advantages: Any = None, **co
     """A run of one group."""
     bare_run(path, [metric_line(0)])
     lines = [
-        {**record(TASK, 1, rollout, (advantages or [[0.5] * len(r.turns) for r in rollouts])[i]), **columns}
-        for i, (r, rollout) in enumerate(zip(rollouts, rollouts, strict=True))
+        {**record(TASK, 1, rollout, advantages[i] if advantages else [0.5] * len(rollout.turns)), **columns}
+        for i, rollout in enumerate(rollouts)
     ]
     write_lines(path / "rollouts.jsonl", lines)
     return path
@@ -301,8 +301,19 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+@dataclasses.dataclass
+class Opener:
+    """Opens pages; `wrong` collects requests, errors and console messages."""
+
+    open: Callable[..., Any]
+    wrong: list[str]
+
+    def __call__(self, *runs: Path, **options: Any) -> Any:
+        return self.open(*runs, **options)
+
+
 @pytest.fixture
-def open_page(chromium, tmp_path) -> Iterator[Callable[..., Any]]:
+def open_page(chromium, tmp_path) -> Iterator[Opener]:
     """Opens the report of some runs; any request, script error or console message fails the test."""
     wrong: list[str] = []
     tabs = []
@@ -318,8 +329,7 @@ def open_page(chromium, tmp_path) -> Iterator[Callable[..., Any]]:
         tab.goto(out.as_uri())
         return tab
 
-    opened.wrong = wrong
-    yield opened
+    yield Opener(opened, wrong)
     for tab in tabs:
         tab.close()
     assert wrong == []
@@ -541,7 +551,7 @@ def test_tokens_are_shaded_by_their_advantage(open_page, tmp_path):
         classes = token.get_attribute("class").split()
         assert ("pos" in classes, "neg" in classes) == (credit >= 0.005, credit <= -0.005)
         weight = float(token.evaluate("e => e.style.getPropertyValue('--w')"))
-        assert weight == pytest.approx(min(1, abs(credit) / scale), abs=0.006)
+        assert weight == pytest.approx(min(1, abs(credit) / scale) ** 0.5, abs=0.006)
     colours = {token.evaluate("e => getComputedStyle(e).backgroundColor") for token in tokens.all()}
     assert len(colours) > 5
     assert tab.locator(".env .token, .env .pos, .env .neg").count() == 0

@@ -145,7 +145,8 @@ def test_the_runs_own_options_are_used(method: str, options: dict):
 @pytest.mark.parametrize("method", METHODS)
 def test_no_split_is_claimed_that_the_recorded_advantages_do_not_meet(method: str):
     lines, config = of_step(method)
-    lines[0] = dataclasses.replace(lines[0], advantages=(lines[0].advantages[0] + 0.9, *lines[0].advantages[1:]))
+    advantages = lines[0].advantages or ()
+    lines[0] = dataclasses.replace(lines[0], advantages=(advantages[0] + 0.9, *advantages[1:]))
     first, *others = zip(lines, splits(lines, config), reasons(lines, config), strict=True)
     assert first[1] is None
     assert f"does not give this number under {method}, so it is not split" in first[2][0]
@@ -242,7 +243,7 @@ def test_grpo_mr_is_explained_by_the_discounted_sum():
     # γ = ½: 1 + ½·2 = 2 and 0 + ½·0 = 0: mean 1, std √2
     lines, config = two_turns([1.0, 0.0], [2.0, 0.0], [(0.7071,) * 2, (-0.7071,) * 2], estimator="grpo-mr", gamma=0.5)
     assert reasons(lines, config)[0][1].startswith(
-        "+0.71 = (all rewards 2.00 − baseline 1.00) / 1.41, the mean of the group’s 2 rollouts. Every turn gets the same"
+        "+0.71 = (all rewards 2.00 − baseline 1.00) / 1.41, the mean of the group’s 2 rollouts. Every turn"
     )
 
 

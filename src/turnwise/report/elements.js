@@ -27,16 +27,18 @@ const signed = (value) => {
 
 const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
-// The class and weight by which an advantage is coloured.
+// The class and weight by which an advantage is coloured; the root lets small ones be seen beside large ones.
 const kind = (value) => (value === undefined || Math.abs(value) < 0.005 ? "none" : value > 0 ? "pos" : "neg");
-const weight = (value) => (value === undefined ? 0 : Math.min(1, Math.abs(value) / data.scale)).toFixed(2);
+const weight = (value) => Math.sqrt(Math.min(1, Math.abs(value || 0) / data.scale)).toFixed(2);
 const shaded = (classes, value) => ({ class: `${classes} ${kind(value)}`, weight: weight(value) });
 
 const MARKS = { right: "✓ right", wrong: "✗ wrong", failed: "✗ failed", "no answer": "✗ no answer", "not checked": "not checked" };
+const OF_ENVIRONMENTS = { right: "✓ solved", wrong: "✗ not solved" };
 const mark = (rollout) => {
   const outcome = text(rollout.outcome);
   const kinds = { right: "right", "not checked": "" };
-  return make("b", { class: outcome in kinds ? kinds[outcome] : "wrong" }, MARKS[outcome]);
+  const said = (data.groups[rollout.group].golds ? null : OF_ENVIRONMENTS[outcome]) || MARKS[outcome];
+  return make("b", { class: outcome in kinds ? kinds[outcome] : "wrong" }, said);
 };
 const verdict = (rollout) => (rollout.said === undefined ? text(rollout.end) : `“${text(rollout.said)}”`);
 const runOf = (rollout) => data.runs[data.groups[rollout.group].run];

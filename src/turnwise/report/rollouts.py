@@ -254,9 +254,9 @@ def _text_limit(lines: Sequence[RolloutLine]) -> int:
 
 
 def colour_scale(lines: Sequence[RolloutLine]) -> float:
-    """The |advantage| of full colour: the 95th percentile, rounded up to 1, 2 or 5 times 10ⁿ."""
+    """The |advantage| of full colour: the 90th percentile, rounded up to 1, 2 or 5 times 10ⁿ."""
     sizes = [abs(a) for line in lines for a in line.advantages or () if math.isfinite(a)]
-    top = float(np.quantile(sizes, 0.95)) if sizes else 0.0
+    top = float(np.quantile(sizes, 0.9)) if sizes else 0.0
     if top <= 0:
         return 1.0
     unit = 10 ** math.floor(math.log10(top))
