@@ -27,7 +27,8 @@ def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
 
     if not runs:
         raise InputError("a report must be of at least one run; got none; name run directories")
-    loaded = [load_run(run, rollouts=-(-MAX_ROLLOUTS // len(runs))) for run in runs]
+    most = 2 * MAX_ROLLOUTS // len(runs)  # twice a run's share, as others may not need theirs
+    loaded = [load_run(run, rollouts=most) for run in runs]
     print_table(paper_table(loaded), open_console())
     for note in table_notes(loaded):
         print(note)

@@ -8,14 +8,14 @@ if (browser) {
   const list = byId("rows");
   const credits = rollouts.map((rollout) => (rollout.turns || []).map((turn) => turn.advantage).filter((a) => a !== undefined));
   const most = (values, pick) => (values.length ? pick(...values) : 0);
-  const step = (i) => data.groups[rollouts[i].group].step;
+  const stepOf = (i) => data.groups[rollouts[i].group].step;
   const orders = {
     credit: (i) => most(credits[i].map(Math.abs), Math.max),
     up: (i) => most(credits[i], Math.max),
     down: (i) => -most(credits[i], Math.min),
     high: (i) => rollouts[i].return || 0,
     low: (i) => -(rollouts[i].return || 0),
-    step: (i) => -step(i),
+    step: (i) => -stepOf(i),
   };
   const steps = [...new Set(data.groups.map((group) => group.step))].sort((a, b) => a - b);
   const searched = rollouts.map((rollout) => `${text(data.groups[rollout.group].question)}\n${text(rollout.said)}`.toLowerCase());
@@ -64,7 +64,7 @@ if (browser) {
     const rollout = rollouts[i];
     const chips = (rollout.turns || []).map((turn) => make("span", shaded("chip", turn.advantage), signed(turn.advantage)));
     return make("li", {}, make("button", { type: "button", class: "row", "aria-expanded": "false", "data-rollout": i },
-      make("span", { class: "place" }, `step ${step(i)} · ${text(runOf(rollout).title)}`),
+      make("span", { class: "place" }, `step ${stepOf(i)} · ${text(runOf(rollout).title)}`),
       make("span", { class: "question" }, text(data.groups[rollout.group].question)),
       make("span", { class: "ended" }, verdict(rollout), " ", mark(rollout)),
       make("span", { class: "chips" }, ...chips)));
@@ -112,11 +112,16 @@ if (browser) {
     group = g;
     const at = groups.indexOf(g);
     const where = at < 0 ? "outside the filters" : `group ${at + 1} of ${groups.length}`;
-    const shown = groupView(byId("group"), g, where, (by) => showGroup(groups[(at + by + groups.length) % groups.length]), () => {
+    const step = (by) => {
+      showGroup(groups[(Math.max(at, 0) + by + groups.length) % groups.length]);
+      all(".pager button", byId("group"))[by < 0 ? 0 : 1].focus();
+    };
+    const leave = () => {
       view(false);
       const back = list.querySelector('[aria-expanded="true"]') || list.querySelector(".row") || byId("as-list");
       back.focus();
-    });
+    };
+    const shown = groupView(byId("group"), g, where, step, leave);
     if (focused !== undefined) {
       shown.reach(focused);
       shown.focus(focused);

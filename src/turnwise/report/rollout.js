@@ -102,7 +102,8 @@ const rolloutView = (i, actions) => {
     "article",
     { class: "rollout", "aria-label": `rollout: ${verdict(rollout)}` },
     make("header", {}, make("em", {}, verdict(rollout)), mark(rollout), make("span", { class: "actions" }, ...actions)),
-    make("p", { class: "asked" }, text(group.question), golds.length ? make("span", {}, ` Accepted: ${golds.join(", ")}`) : null),
+    make("p", { class: "asked" }, text(group.question), golds.length ? make("span", {}, ` Accepted: ${golds.join(", ")}`) : null,
+      group.kind === undefined ? null : make("span", {}, ` (${text(group.kind)})`)),
     ...turns.map((_, k) => turnView(rollout, k, golds)),
     rollout.failed === undefined ? null : make("p", { class: "failed" }, text(rollout.failed)),
     make("footer", {}, `Return ${number(rollout.return)}: ${parts.join(" + ")}`)
