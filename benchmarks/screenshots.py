@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from playwright.sync_api import sync_playwright
 
@@ -30,10 +30,10 @@ CHANGE = """([id, value]) => {
 
 MOST_DIFFERENT = """() => {
   const { rollouts } = JSON.parse(document.getElementById("data").textContent);
-  const spread = (place) => Math.max(0, ...rollouts[place].turns.map((turn) => {
-    const own = turn.by_token ? turn.by_token.advantages : [0];
-    return Math.max(...own) - Math.min(...own);
-  }));
+  const spread = (place) => {
+    const own = rollouts[place].turns.flatMap((turn) => (turn.by_token ? turn.by_token.advantages : []));
+    return rollouts[place].turns.length > 1 ? Math.max(0, ...own) - Math.min(0, ...own) : -1;
+  };
   const places = [...document.querySelectorAll(".row")].map((row) => Number(row.dataset.rollout));
   return places.sort((a, b) => spread(b) - spread(a))[0];
 }"""
@@ -67,7 +67,7 @@ def group(tab: Any) -> None:
 
 
 def tokens(tab: Any) -> None:
-    """A rollout of the last run whose tokens differ most, the number of one of them read out."""
+    """A rollout of the last run, of several turns whose tokens differ most, the number of one of them read out."""
     tab.get_by_label("Method or run").select_option(index=tab.locator("#by-run option").count() - 1)
     tab.locator(f'.row[data-rollout="{tab.evaluate(MOST_DIFFERENT)}"]').click()
     tab.locator(".said").first.focus()
@@ -76,7 +76,7 @@ def tokens(tab: Any) -> None:
     scrolled_to(tab, ".rollout")
 
 
-VIEWS: dict[str, tuple[str, int, int, Callable[[Any], None]]] = {
+VIEWS: dict[str, tuple[Literal["light", "dark"], int, int, Callable[[Any], None]]] = {
     "report-curves": ("light", 1200, 760, curves),
     "report-credit": ("light", 1200, 980, browser),
     "report-group": ("light", 1200, 860, group),

@@ -73,7 +73,6 @@ const turnView = (rollout, k, golds) => {
     ["in the loss", turn.masked ? "no (masked out)" : "yes"],
     ["tokens sampled", turn.tokens.toLocaleString("en")],
     ...(turn.results || []).map((result) => ["tool", result.error === undefined ? "ran" : text(result.error)]),
-    ...(last ? [["then", text(rollout.end)]] : []),
   ];
   const notes = [`turn ${k + 1}`, ...(turn.masked ? ["not in the loss"] : []), ...(last ? [text(rollout.end)] : [])];
   return make(
