@@ -3,6 +3,7 @@
 # make test-trl    those of the adapter for TRL, with its newest and its oldest release (a part of test-slow)
 # make test-verl   those of the adapter for verl, training on this CPU included (a part of test-slow)
 # make test-skyrl  those of the adapter for SkyRL, with its own methods (a part of test-slow)
+# make tables      write the tables of README.md and docs/ anew from results/
 # make check       lint, format, types, tests
 # make clean       remove what these targets made, the environment included
 
@@ -19,7 +20,7 @@ SKYRL_RELEASE := 0.3.0
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-trl test-verl test-skyrl check clean
+.PHONY: demo test test-slow test-trl test-verl test-skyrl tables check clean
 
 demo: $(VENV)/.train-installed
 	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
@@ -43,6 +44,9 @@ test-verl: .venv-verl/.installed
 
 test-skyrl: .venv-skyrl/.installed
 	PYTHONPATH=src .venv-skyrl/bin/python -m pytest -m slow tests/test_adapters_skyrl_live.py
+
+tables:
+	$(PYTHON) experiments/tables.py
 
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .

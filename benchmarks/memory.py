@@ -2,7 +2,8 @@
 
     OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 python benchmarks/memory.py [--tokens 1024] [--only float32]
 
-Each line is a process of its own: what it had before, subtracted from the most that the kernel ever saw it have.
+Each line is a process of its own: what it had before, subtracted from the most that the kernel ever saw it have. Before
+is after the same work in small, so that what libraries load and compile at their first use is not counted.
 
 * Logits: log-probabilities of tokens over a vocabulary of 150,000 with their gradient, plain and in pieces.
 * Steps: rollouts through the engine and one update of a random Qwen2 (hidden 512, 8 layers, vocabulary 30,000), beside
@@ -70,10 +71,11 @@ def apart(work: Callable[[], float]) -> float:
     return found
 
 
-def growth(work: Callable[[], object]) -> float:
-    """MiB by which a process of its own grows at most while it does the work."""
+def growth(work: Callable[[], object], small: Callable[[], object]) -> float:
+    """MiB by which a process of its own grows at most while it does the work, once it has done it in small."""
 
     def measured() -> float:
+        small()
         with open("/proc/self/statm") as file:
             before = int(file.read().split()[1]) * resource.getpagesize()
         work()
@@ -84,7 +86,7 @@ def growth(work: Callable[[], object]) -> float:
 
 def estimate(name: str) -> float:
     """MiB that were estimated for a step."""
-    return memory_estimate(model(name == "last layer learns"), options(name), LENGTHS).total / MIB
+    return memory_estimate(model(name), options(name), LENGTHS).total / MIB
 
 
 def logits(tokens: int, vocabulary: int, width: int, *, pieces: bool) -> None:
@@ -101,14 +103,14 @@ def logits(tokens: int, vocabulary: int, width: int, *, pieces: bool) -> None:
     (found.sum() + 0 * entropy.detach().sum()).backward()
 
 
-def model(partly: bool) -> Qwen2ForCausalLM:
-    """A random Qwen2 of 38 million parameters."""
+def model(name: str, *, small: bool = False) -> Qwen2ForCausalLM:
+    """A random Qwen2 of 38 million parameters, or of some thousand."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=30_000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
+        vocab_size=2_000 if small else 30_000,
+        hidden_size=16 if small else 512,
+        intermediate_size=32 if small else 1408,
+        num_hidden_layers=1 if small else 8,
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=LENGTHS.context,
@@ -116,7 +118,7 @@ def model(partly: bool) -> Qwen2ForCausalLM:
     )
     config._attn_implementation = "sdpa"
     found = Qwen2ForCausalLM(config)
-    if partly:
+    if name == "last layer learns":
         found.requires_grad_(False)
         found.model.layers[-1].requires_grad_(True)
     return found
@@ -127,10 +129,10 @@ def options(name: str) -> TrainConfig:
     return TrainConfig(**{**shape, "max_turns": LENGTHS.turns, **STEPS[name]})
 
 
-def step(name: str) -> None:
+def step(name: str, *, small: bool = False) -> None:
     """Rollouts and an update as in training, of the lengths that the estimate assumes."""
     config = options(name)
-    policy: Any = Policy(model(name == "last layer learns"), NoChat())  # type: ignore[arg-type]
+    policy: Any = Policy(model(name, small=small), NoChat())  # type: ignore[arg-type]
     placed(policy.model, dtype=config.dtype, device="cpu", recompute=config.gradient_checkpointing)
     learned = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5)
@@ -186,14 +188,18 @@ def main() -> None:
     print(f"torch {torch.__version__}, float32 logits of {args.tokens} tokens x {args.vocabulary}")
     found = {}
     for name in ("in pieces",) if args.pieces_only else ("plain", "in pieces"):
-        found[name] = growth(lambda name=name: logits(args.tokens, args.vocabulary, 64, pieces=name == "in pieces"))
+        pieces = name == "in pieces"
+        found[name] = growth(
+            lambda pieces=pieces: logits(args.tokens, args.vocabulary, 64, pieces=pieces),
+            lambda pieces=pieces: logits(16, 1000, 64, pieces=pieces),
+        )
         print(f"  {name:20}{found[name]:8.0f} MiB", flush=True)
     if len(found) == 2:
         print(f"  plain / in pieces   {found['plain'] / found['in pieces']:8.2f}")
     print(f"{'step':20}{'measured MiB':>14}{'estimated':>11}{'error':>8}")
     for name in args.only:
         estimated = apart(lambda name=name: estimate(name))
-        measured = growth(lambda name=name: step(name))
+        measured = growth(lambda name=name: step(name), lambda name=name: step(name, small=True))
         print(f"{name:20}{measured:14.0f}{estimated:11.0f}{estimated / measured - 1:+8.1%}", flush=True)
 
 

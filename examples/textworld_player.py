@@ -37,7 +37,7 @@ class Player:
         known = self.preferences.setdefault(observation, dict.fromkeys(words, 0.0))
         return str(self.random.choice(list(known), p=probabilities(known)))
 
-    def learn(self, observation: str, command: str, advantage: float, rate: float = 0.5) -> None:
+    def learn(self, observation: str, command: str, advantage: float, rate: float) -> None:
         """One step up the gradient of advantage times log-probability."""
         known = self.preferences[observation]
         for word, share in zip(known, probabilities(known), strict=True):
@@ -62,17 +62,19 @@ def observations(rollout: Rollout) -> list[str]:
     return seen
 
 
-def play(spec: str, method: str, *, steps: int, group_size: int = 8, max_turns: int = 20, seed: int = 0) -> list[float]:
-    """The share of won rollouts at each step."""
+def play(
+    spec: str, method: str, *, steps: int, game: int = 0, rate: float = 0.5, max_turns: int = 20, seed: int = 0
+) -> list[float]:
+    """The share of won rollouts at each step of training on one game, eight rollouts a step."""
     source, player = load_source(spec), Player(seed)
     assert source.tasks is not None
-    task: Task = source.tasks("train")[0]
+    task: Task = source.tasks("train")[game]
     engine = ScriptedEngine(player.command, CHAT)
     limits = Limits(max_turn_tokens=100, context=200_000, max_turns=max_turns)
     won = []
     for _ in range(steps):
         playing = run_groups(
-            [task], lambda t: source.environment(t, max_turns), engine, CHAT, group_size=group_size, limits=limits
+            [task], lambda t: source.environment(t, max_turns), engine, CHAT, group_size=8, limits=limits
         )
         [group] = asyncio.run(playing)
         scored = [score(task, r, {"environment": 1.0, "progress": 0.0}, protocol=None) for r in group]
@@ -80,8 +82,8 @@ def play(spec: str, method: str, *, steps: int, group_size: int = 8, max_turns: 
         advantages = iter(credit.ESTIMATORS[method](table).advantages)
         for rollout in scored:
             for observation, turn in zip(observations(rollout), rollout.turns, strict=True):
-                player.learn(observation, turn.text, float(next(advantages)))
-        won.append(sum(bool(r.success) for r in scored) / group_size)
+                player.learn(observation, turn.text, float(next(advantages)), rate)
+        won.append(sum(bool(r.success) for r in scored) / 8)
     return won
 
 

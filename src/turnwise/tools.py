@@ -348,12 +348,11 @@ async def call_tools(tools: Mapping[str, Tool], action: Action) -> tuple[ToolRes
 
     A call that could not be read is answered with the action's error, at the end where it has no name.
     """
-    unread = error_result("parse", action.error or "no arguments")
     read = [call for call in action.tool_calls if call.arguments is not None]
-    if len(read) == 1:
-        results = [await call_tool(tools, read[0])]
-    else:
-        results = await asyncio.gather(*(call_tool(tools, call) for call in read))
+    if len(read) == action.num_calls == 1:
+        return (await call_tool(tools, read[0]),)
+    results = await asyncio.gather(*(call_tool(tools, call) for call in read))
+    unread = error_result("parse", action.error or "no arguments")
     done = iter(results)
     answered = [unread if call.arguments is None else next(done) for call in action.tool_calls]
     return (*answered, *[unread] * (action.num_calls - len(answered)))
