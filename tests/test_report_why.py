@@ -204,6 +204,14 @@ def test_mt_grpo_is_explained_by_the_turns_own_reward_and_the_outcome():
     )
 
 
+def test_later_turns_stand_with_their_weight():
+    # α = ½: 0.71 at the second turn and the outcome's −0.71 half in the first
+    lines, config = two_turns([0.0, 0.0], [0.0, 1.0], [(-0.3536, -0.7071), (0.3536, 0.7071)], alpha=0.5)
+    assert reasons(lines, config)[1][0].startswith(
+        "+0.35 = 0.50 × (outcome 1.00 − baseline 0.50) / 0.71, the mean of the group’s 2 rollouts."
+    )
+
+
 def test_turn_rloo_names_its_siblings_at_the_turn():
     # returns at turn 1: 1 + 1 = 2, 0 + 1 = 1, 0 + 0 = 0; the last one's baseline is (2 + 1) / 2 = 1.5
     lines, config = two_turns([1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [(1.5, 0.5), (0.0, 0.5), (-1.5, -1.0)],
