@@ -145,7 +145,8 @@ def test_the_runs_own_options_are_used(method: str, options: dict):
 @pytest.mark.parametrize("method", METHODS)
 def test_no_split_is_claimed_that_the_recorded_advantages_do_not_meet(method: str):
     lines, config = of_step(method)
-    advantages = lines[0].advantages or ()
+    advantages = lines[0].advantages
+    assert advantages
     lines[0] = dataclasses.replace(lines[0], advantages=(advantages[0] + 0.9, *advantages[1:]))
     first, *others = zip(lines, splits(lines, config), reasons(lines, config), strict=True)
     assert first[1] is None

@@ -4,9 +4,10 @@ const browser = byId("browser");
 if (browser) {
   const PAGE = 40;
   const rollouts = data.rollouts;
-  const fields = Object.fromEntries(["run", "step", "outcome", "error", "sign", "order", "text"].map((name) => [name, byId(`by-${name}`)]));
+  const names = ["run", "step", "outcome", "error", "sign", "order", "text"];
+  const fields = Object.fromEntries(names.map((name) => [name, byId(`by-${name}`)]));
   const list = byId("rows");
-  const credits = rollouts.map((rollout) => (rollout.turns || []).map((turn) => turn.advantage).filter((a) => a !== undefined));
+  const credits = rollouts.map(({ turns }) => (turns || []).map((turn) => turn.advantage).filter((a) => a !== undefined));
   const most = (values, pick) => (values.length ? pick(...values) : 0);
   const stepOf = (i) => data.groups[rollouts[i].group].step;
   const orders = {
@@ -18,7 +19,9 @@ if (browser) {
     step: (i) => -stepOf(i),
   };
   const steps = [...new Set(data.groups.map((group) => group.step))].sort((a, b) => a - b);
-  const searched = rollouts.map((rollout) => `${text(data.groups[rollout.group].question)}\n${text(rollout.said)}`.toLowerCase());
+  const searched = rollouts.map(({ group, said }) =>
+    `${text(data.groups[group].question)}\n${text(said)}`.toLowerCase()
+  );
   let found = [];
   let page = 0;
   let grouped = false;
@@ -34,7 +37,8 @@ if (browser) {
     ...data.runs.map((run, i) => [`r${i}`, `${text(run.title)} · ${text(run.name)}`]),
   ]);
   const errors = [...new Set(rollouts.flatMap((rollout) => rollout.errors || []))];
-  fill(fields.outcome, [["", "any"], ...data.outcomes.filter((name) => rollouts.some((r) => text(r.outcome) === name)).map((name) => [name, name])]);
+  const outcomes = data.outcomes.filter((name) => rollouts.some((rollout) => text(rollout.outcome) === name));
+  fill(fields.outcome, [["", "any"], ...outcomes.map((name) => [name, name])]);
   fill(fields.error, [["", "any"], ["none", "none"], ...errors.map((place) => [`e${place}`, text(place)])]);
   fields.step.max = steps.length;
 
@@ -62,7 +66,8 @@ if (browser) {
   // One row; its rollout opens below it.
   const row = (i) => {
     const rollout = rollouts[i];
-    const chips = (rollout.turns || []).map((turn) => make("span", shaded("chip", turn.advantage), signed(turn.advantage)));
+    const chip = ({ advantage }) => make("span", shaded("chip", advantage), signed(advantage));
+    const chips = (rollout.turns || []).map(chip);
     return make("li", {}, make("button", { type: "button", class: "row", "aria-expanded": "false", "data-rollout": i },
       make("span", { class: "place" }, `step ${stepOf(i)} · ${text(runOf(rollout).title)}`),
       make("span", { class: "question" }, text(data.groups[rollout.group].question)),
@@ -93,7 +98,9 @@ if (browser) {
     page = Math.max(0, Math.min(last, page));
     const shown = found.slice(page * PAGE, (page + 1) * PAGE);
     list.replaceChildren(...shown.map(row));
-    byId("page-now").textContent = shown.length ? `${page * PAGE + 1} to ${page * PAGE + shown.length} of ${found.length.toLocaleString("en")}` : "";
+    const from = page * PAGE;
+    const now = `${from + 1} to ${from + shown.length} of ${found.length.toLocaleString("en")}`;
+    byId("page-now").textContent = shown.length ? now : "";
     byId("page-back").disabled = page === 0;
     byId("page-on").disabled = page === last;
     all(".pager", byId("list"))[0].hidden = last === 0;
@@ -121,13 +128,15 @@ if (browser) {
       const back = list.querySelector('[aria-expanded="true"]') || list.querySelector(".row") || byId("as-list");
       back.focus();
     };
-    const shown = groupView(byId("group"), g, where, step, leave);
-    if (focused !== undefined) {
-      shown.reach(focused);
-      shown.focus(focused);
-    }
+    const focus = groupView(byId("group"), g, where, step, leave);
+    if (focused !== undefined) focus(focused);
   };
-  const nothing = () => byId("group").replaceChildren(make("p", { class: "hint" }, "No group has such a rollout."));
+  // The group that was in view last, or the first one of the filters.
+  const showGroups = () => {
+    view(true);
+    if (groups.length) showGroup(groups.includes(group) ? group : groups[0]);
+    else byId("group").replaceChildren(make("p", { class: "hint" }, "No group has such a rollout."));
+  };
 
   const choose = () => {
     const key = orders[fields.order.value];
@@ -139,10 +148,11 @@ if (browser) {
     const now = Number(fields.step.value);
     byId("step-now").textContent = now ? String(steps[now - 1]) : "all";
     fields.step.setAttribute("aria-valuetext", now ? `step ${steps[now - 1]}` : "all steps");
-    byId("found").textContent = `${found.length.toLocaleString("en")} of ${count(rollouts.length, "rollout")}, in ${count(groups.length, "group")}`;
+    const of = `${found.length.toLocaleString("en")} of ${count(rollouts.length, "rollout")}`;
+    byId("found").textContent = `${of}, in ${count(groups.length, "group")}`;
     page = 0;
     showPage();
-    if (grouped) groups.length ? showGroup(groups.includes(group) ? group : groups[0]) : nothing();
+    if (grouped) showGroups();
   };
 
   const turnTo = (by) => {
@@ -154,7 +164,7 @@ if (browser) {
   byId("page-back").addEventListener("click", () => turnTo(-1));
   byId("page-on").addEventListener("click", () => turnTo(1));
   byId("as-list").addEventListener("click", () => view(false));
-  byId("as-group").addEventListener("click", () => (groups.length ? showGroup(groups.includes(group) ? group : groups[0]) : (view(true), nothing())));
+  byId("as-group").addEventListener("click", showGroups);
   byId("filters").addEventListener("input", choose);
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   list.addEventListener("click", (event) => {
@@ -175,9 +185,14 @@ if (browser) {
     if (to) to.focus();
   });
 
-  const keys = [-1, -0.5, 0, 0.5, 1].map((share) => make("span", shaded("key", share * data.scale), signed(share * data.scale)));
-  byId("scale").append(make("span", {}, "less likely"), make("span", { class: "keys", role: "img", "aria-label": "colour scale of the advantage" }, ...keys),
-    make("span", {}, "more likely"), make("span", { class: "key env" }, "grey: from tools, never trained on"));
+  const key = (share) => make("span", shaded("key", share * data.scale), signed(share * data.scale));
+  const keys = { class: "keys", role: "img", "aria-label": "colour scale of the advantage" };
+  byId("scale").append(
+    make("span", {}, "less likely"),
+    make("span", keys, ...[-1, -0.5, 0, 0.5, 1].map(key)),
+    make("span", {}, "more likely"),
+    make("span", { class: "key env" }, "grey: from tools, never trained on")
+  );
   browser.hidden = false;
   choose();
 }

@@ -18,7 +18,8 @@ const make = (tag, properties, ...children) => {
   return element;
 };
 
-const number = (value) => (value === null || value === undefined ? "–" : value.toFixed(2).replace("-0.00", "0.00").replace("-", "−"));
+const number = (value) =>
+  value === null || value === undefined ? "–" : value.toFixed(2).replace("-0.00", "0.00").replace("-", "−");
 
 const signed = (value) => {
   const plain = number(value);
@@ -32,7 +33,13 @@ const kind = (value) => (value === undefined || Math.abs(value) < 0.005 ? "none"
 const weight = (value) => Math.sqrt(Math.min(1, Math.abs(value || 0) / data.scale)).toFixed(2);
 const shaded = (classes, value) => ({ class: `${classes} ${kind(value)}`, weight: weight(value) });
 
-const MARKS = { right: "✓ right", wrong: "✗ wrong", failed: "✗ failed", "no answer": "✗ no answer", "not checked": "not checked" };
+const MARKS = {
+  right: "✓ right",
+  wrong: "✗ wrong",
+  failed: "✗ failed",
+  "no answer": "✗ no answer",
+  "not checked": "not checked",
+};
 const OF_ENVIRONMENTS = { right: "✓ solved", wrong: "✗ not solved" };
 const mark = (rollout) => {
   const outcome = text(rollout.outcome);

@@ -10,17 +10,19 @@ const groupTable = (g) => {
     if (!turn) return make("td", { class: "nothing" });
     const gist = text(turn.gist);
     const label = `rollout ${i - group.rollouts[0] + 1}, turn ${k + 1}: advantage ${signed(turn.advantage)}, ${gist}`;
-    return make("td", {}, make("button", { ...shaded("cell", turn.advantage), type: "button", tabindex: -1, "data-rollout": i, "data-turn": k, "aria-label": label },
-      make("b", {}, signed(turn.advantage)), make("span", {}, gist)));
+    const named = { type: "button", tabindex: -1, "data-rollout": i, "data-turn": k, "aria-label": label };
+    const said = [make("b", {}, signed(turn.advantage)), make("span", {}, gist)];
+    return make("td", {}, make("button", { ...shaded("cell", turn.advantage), ...named }, ...said));
   };
   const rows = places.map((i) => {
     const rollout = data.rollouts[i];
     return make("tr", {}, make("th", { scope: "row" }, make("i", {}, String(i - group.rollouts[0] + 1)), mark(rollout)),
       ...columns.map((k) => cell(i, k)), make("td", { class: "sum" }, number(rollout.return)));
   });
-  const head = make("tr", {}, make("th", { scope: "col" }, "rollout"),
-    ...columns.map((k) => make("th", { scope: "col" }, `turn ${k + 1}`)), make("th", { scope: "col", class: "sum" }, "return"));
-  return make("table", { class: "siblings", role: "grid", "aria-label": "siblings by turn" }, make("thead", {}, head), make("tbody", {}, ...rows));
+  const titles = ["rollout", ...columns.map((k) => `turn ${k + 1}`), "return"];
+  const head = make("tr", {}, ...titles.map((title) => make("th", { scope: "col" }, title)));
+  const named = { class: "siblings", role: "grid", "aria-label": "siblings by turn" };
+  return make("table", named, make("thead", {}, head), make("tbody", {}, ...rows));
 };
 
 const tally = (g) => {
@@ -37,6 +39,7 @@ const groupView = (box, g, where, step, leave) => {
   const group = data.groups[g];
   const opened = make("div", { class: "opened" });
   const golds = (group.golds || []).map(text);
+  const accepted = golds.length ? `Accepted: ${golds.join(", ")}. ` : "";
   const table = groupTable(g);
   const cells = all("button", table);
   let from = cells[0];
@@ -84,15 +87,25 @@ const groupView = (box, g, where, step, leave) => {
   };
   const run = data.runs[group.run];
   box.replaceChildren(
-    make("div", { class: "pager" }, button("Previous group", () => step(-1)), make("span", {}, where), button("Next group", () => step(1)), button("Back to the list", leave)),
+    make(
+      "div",
+      { class: "pager" },
+      button("Previous group", () => step(-1)),
+      make("span", {}, where),
+      button("Next group", () => step(1)),
+      button("Back to the list", leave)
+    ),
     make("h3", {}, text(group.question)),
-    make("p", { class: "golds" }, golds.length ? `Accepted: ${golds.join(", ")}. ` : "", `${text(run.title)}, step ${group.step}. ${tally(g)}`),
+    make("p", { class: "golds" }, accepted, `${text(run.title)}, step ${group.step}. ${tally(g)}`),
     make("div", { class: "scroll" }, table),
-    make("p", { class: "hint" }, "Arrow keys move between turns, Enter opens a rollout, Escape closes it and then the group."),
+    make("p", { class: "hint" }, "Arrow keys move, Enter opens a rollout, Escape closes it and then the group."),
     opened
   );
-  return { focus: (i) => (cells.find((cell) => Number(cell.dataset.rollout) === i) || from || box).focus(), reach: (i) => {
+  // Moves to the first turn of a rollout.
+  return (i) => {
     const cell = cells.find((own) => Number(own.dataset.rollout) === i);
-    if (cell) reach(cell);
-  } };
+    if (!cell) return;
+    reach(cell);
+    cell.focus();
+  };
 };

@@ -27,9 +27,13 @@ const tokenText = (turn, k) => {
     const piece = length ? said.slice(end - length, end) : "▪";
     return make("span", shaded(length ? "token" : "token bare", credit(i)), piece);
   });
-  const pre = make("pre", { class: "said", tabindex: known ? 0 : null, role: "group", "aria-label": `text of turn ${k + 1}` }, ...spans);
+  const named = { class: "said", tabindex: known ? 0 : null, role: "group", "aria-label": `text of turn ${k + 1}` };
+  const pre = make("pre", named, ...spans);
   if (end < said.length || !said) pre.append(said ? said.slice(end) : "(nothing)");
-  if (!known) return [pre, make("p", { class: "reading" }, "Shaded as a whole: the run holds no tokenizer that cuts this text.")];
+  if (!known) {
+    const note = "Shaded as a whole: the run holds no tokenizer that cuts this text.";
+    return [pre, make("p", { class: "reading" }, note)];
+  }
 
   const rest = `${count(lengths.length, "token")}; point at one, or focus the text and use left and right.`;
   const reading = make("output", { class: "reading" }, rest);
@@ -75,12 +79,15 @@ const turnView = (rollout, k, golds) => {
     ...(turn.results || []).map((result) => ["tool", result.error === undefined ? "ran" : text(result.error)]),
   ];
   const notes = [`turn ${k + 1}`, ...(turn.masked ? ["not in the loss"] : []), ...(last ? [text(rollout.end)] : [])];
+  const credit = signed(turn.advantage);
+  const label = `turn ${k + 1}, advantage ${credit}`;
+  const badge = make("strong", shaded("adv", turn.advantage), credit);
+  const why = make("p", { class: "why" }, text(turn.why), ...opposed.map((said) => make("b", { class: "against" }, said)));
   return make(
     "section",
-    { ...shaded(`turn${turn.masked ? " masked" : ""}`, turn.advantage), tabindex: -1, "aria-label": `turn ${k + 1}, advantage ${signed(turn.advantage)}` },
-    make("div", { class: "head" }, make("span", {}, notes.join(" · ")), make("strong", shaded("adv", turn.advantage), signed(turn.advantage))),
-    make("div", { class: "columns" }, make("div", {}, ...tokenText(turn, k),
-      make("p", { class: "why" }, text(turn.why), ...opposed.map((said) => make("b", { class: "against" }, said)))), facts(rows)),
+    { ...shaded(`turn${turn.masked ? " masked" : ""}`, turn.advantage), tabindex: -1, "aria-label": label },
+    make("div", { class: "head" }, make("span", {}, notes.join(" · ")), badge),
+    make("div", { class: "columns" }, make("div", {}, ...tokenText(turn, k), why), facts(rows)),
     ...(turn.results || []).map((result) =>
       make("div", { class: "env" }, result.error === undefined ? null : make("b", {}, text(result.error), " "),
         make("pre", {}, ...underlined(text(result.text), golds)))
@@ -96,13 +103,17 @@ const rolloutView = (i, actions) => {
   const turns = rollout.turns || [];
   const sums = turns.map((turn, k) => [k, (turn.paid || []).reduce((sum, [, value]) => sum + value, 0), turn.paid]);
   const outcome = (rollout.paid || []).reduce((sum, [, value]) => sum + value, 0);
-  const parts = [...sums.filter(([, , paid]) => paid).map(([k, sum]) => `turn ${k + 1} ${number(sum)}`), `outcome ${number(outcome)}`];
+  const paid = sums.filter(([, , own]) => own).map(([k, sum]) => `turn ${k + 1} ${number(sum)}`);
+  const parts = [...paid, `outcome ${number(outcome)}`];
+  const more = [
+    ...(golds.length ? [` Accepted: ${golds.join(", ")}`] : []),
+    ...(group.kind === undefined ? [] : [` (${text(group.kind)})`]),
+  ];
   return make(
     "article",
     { class: "rollout", "aria-label": `rollout: ${verdict(rollout)}` },
     make("header", {}, make("em", {}, verdict(rollout)), mark(rollout), make("span", { class: "actions" }, ...actions)),
-    make("p", { class: "asked" }, text(group.question), golds.length ? make("span", {}, ` Accepted: ${golds.join(", ")}`) : null,
-      group.kind === undefined ? null : make("span", {}, ` (${text(group.kind)})`)),
+    make("p", { class: "asked" }, text(group.question), ...more.map((said) => make("span", {}, said))),
     ...turns.map((_, k) => turnView(rollout, k, golds)),
     rollout.failed === undefined ? null : make("p", { class: "failed" }, text(rollout.failed)),
     make("footer", {}, `Return ${number(rollout.return)}: ${parts.join(" + ")}`)
