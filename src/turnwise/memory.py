@@ -8,8 +8,9 @@ for any architecture, for mixed precision, for recomputation, and for a model of
 
 import copy
 import dataclasses
+import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,12 +244,12 @@ def _shapes(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within, as long as they live."""
+    """Counts the bytes of the tensors that are made within, as long as they live; views of `there` are none of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -288,7 +289,7 @@ def _update_bytes(
             vocabulary = head.weight.shape[0]
             return logprobs_of(head, states[places], tokens, temperature=1.0, vocabulary=vocabulary)[0]
 
-    with Live() as live:
+    with Live((*_placed(fake), *(p.grad for p in fake.parameters() if p.grad is not None))) as live:
         states = token_states(fake, batch)
         held = live.now
         loss = logprobs(states).sum()
@@ -319,9 +320,14 @@ def _feed_bytes(fake: PreTrainedModel, rows: int, tokens: int, length: int) -> i
 
     with torch.no_grad(), computing(fake):
         feed()  # makes the cache
-        with Live() as live:
+        with Live((*_placed(fake), *cache.keys, *cache.values)) as live:
             feed()
     return live.most
+
+
+def _placed(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """What is there whether anything is computed or not."""
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def _bytes(tensors: Iterator[torch.nn.Parameter] | Sequence[torch.nn.Parameter]) -> int:
