@@ -213,6 +213,13 @@ def test_later_turns_stand_with_their_weight():
     )
 
 
+def test_a_reward_that_the_turn_got_too_is_not_called_unpaid():
+    lines, config = two_turns([0.5, 1.0], [0.0, 0.0], [(-0.7071, 0.0), (0.7071, 0.0)])
+    said = reasons(lines, config)[0][0]
+    assert "Paid here: tool execution 0.50." in said
+    assert "Not paid" not in said
+
+
 def test_turn_rloo_names_its_siblings_at_the_turn():
     # returns at turn 1: 1 + 1 = 2, 0 + 1 = 1, 0 + 0 = 0; the last one's baseline is (2 + 1) / 2 = 1.5
     lines, config = two_turns([1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [(1.5, 0.5), (0.0, 0.5), (-1.5, -1.0)],
