@@ -3,6 +3,7 @@
 # make test-trl    those of the adapter for TRL, with its newest and its oldest release (a part of test-slow)
 # make test-verl   those of the adapter for verl, training on this CPU included (a part of test-slow)
 # make test-skyrl  those of the adapter for SkyRL, with its own methods (a part of test-slow)
+# make bench       measure speed beside TRL, transformers, tantivy and bm25s: results/performance.json and .md, ten minutes
 # make tables      write the tables of README.md and docs/ anew from results/
 # make check       lint, format, types, tests
 # make clean       remove what these targets made, the environment included
@@ -20,7 +21,7 @@ SKYRL_RELEASE := 0.3.0
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-trl test-verl test-skyrl tables check clean
+.PHONY: demo test test-slow test-trl test-verl test-skyrl tables bench check clean
 
 demo: $(VENV)/.train-installed
 	$(BIN)/turnwise reproduce --name demo --seeds 1 --runs runs --results $(DEMO) --eval-size 200 \
@@ -45,6 +46,10 @@ test-verl: .venv-verl/.installed
 test-skyrl: .venv-skyrl/.installed
 	PYTHONPATH=src .venv-skyrl/bin/python -m pytest -m slow tests/test_adapters_skyrl_live.py
 
+# BENCH="--quick" for a look; BENCH="--only floor scaling" for some of it, --data for where TriviaQA is.
+bench: .venv-trl-$(TRL_NEWEST)/.installed $(VENV)/.bench-installed
+	PYTHONPATH=src $(BIN)/python benchmarks/all.py --trl-python .venv-trl-$(TRL_NEWEST)/bin/python $(BENCH)
+
 tables:
 	$(PYTHON) experiments/tables.py
 
@@ -68,6 +73,10 @@ $(VENV)/.train-installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e ".[dev]"
 	touch $@ $(VENV)/.train-installed
+
+$(VENV)/.bench-installed: pyproject.toml constraints.txt $(VENV)/.dev-installed
+	$(PIP_INSTALL) -e ".[bench]"
+	touch $@
 
 # An environment per release of TRL: its packages beside those of the main one, which it sees through a path file.
 # The oldest needs requests and jmespath without asking for them.

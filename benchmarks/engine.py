@@ -1,6 +1,6 @@
-"""How fast the in-process engine draws two-turn rollouts, as ratios within one run.
+"""How fast the in-process engine draws rollouts of several turns, as ratios within one run.
 
-    OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 python benchmarks/engine.py
+    OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 python benchmarks/engine.py [--turns 2] [--prompt-tokens 120]
 
 The same 256 rollouts (16 prompts, 16 each, ragged turns, ragged tool results), a random Qwen3 model
 of about a million parameters, three ways, one after the other in every round:
@@ -21,11 +21,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import tyro
+from measured import append
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
@@ -41,25 +43,33 @@ class Workload:
 
     prompts: list[list[int]]
     """First prompt of each rollout; the rollouts of a group have equal ones."""
-    results: list[list[int]]
-    """What the tool answers after turn 1."""
+    results: list[list[list[int]]]
+    """What the tool answers after each turn."""
     lengths: np.ndarray
-    """Tokens to draw, [rollouts, 2 turns]."""
+    """Tokens to draw, [rollouts, turns]."""
+
+    @property
+    def context(self) -> int:
+        """The length of the longest rollout."""
+        return max(
+            len(prompt) + sum(map(len, own)) + int(drawn.sum())
+            for prompt, own, drawn in zip(self.prompts, self.results, self.lengths, strict=True)
+        )
 
     @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
 
-def workload(groups: int, group_size: int) -> Workload:
-    """Prompts of 120-150 tokens, results of 40-80, turns of 15-45 tokens."""
+def workload(groups: int, group_size: int, *, turns: int, prompt_tokens: int) -> Workload:
+    """Prompts of `prompt_tokens` tokens and up to 30 more, results of 40-80, turns of 15-45 tokens."""
     random = np.random.default_rng(0)
-    prompts = [_ids(random, 120, 150) for _ in range(groups)]
+    prompts = [_ids(random, prompt_tokens, prompt_tokens + 30) for _ in range(groups)]
     count = groups * group_size
     return Workload(
         prompts=[prompts[i // group_size] for i in range(count)],
-        results=[_ids(random, 40, 80) for _ in range(count)],
-        lengths=random.integers(15, 46, (count, 2)),
+        results=[[_ids(random, 40, 80) for _ in range(turns)] for _ in range(count)],
+        lengths=random.integers(15, 46, (count, turns)),
     )
 
 
@@ -85,14 +95,14 @@ def demo_model(kv_heads: int = 4) -> Qwen3ForCausalLM:
 
 def with_engine(model: Qwen3ForCausalLM, work: Workload, *, keep: bool) -> HFEngine:
     """Draw all rollouts through the engine; without `keep`, each turn is fed from its beginning."""
-    engine = HFEngine(model, stop_ids=(), max_rows=len(work.prompts), max_context=320)
+    engine = HFEngine(model, stop_ids=(), max_rows=len(work.prompts), max_context=work.context)
 
     async def rollout(i: int) -> None:
         prompt = work.prompts[i]
-        for turn in range(2):
-            sampling = Sampling(max_tokens=int(work.lengths[i, turn]), seed=2 * i + turn)
+        for turn in range(work.lengths.shape[1]):
+            sampling = Sampling(max_tokens=int(work.lengths[i, turn]), seed=work.lengths.shape[1] * i + turn)
             completion = await engine.generate(prompt, sampling, session=i)
-            prompt = [*prompt, *completion.token_ids, *work.results[i]]
+            prompt = [*prompt, *completion.token_ids, *work.results[i][turn]]
             if not keep:
                 engine.release(i)
         engine.release(i)
@@ -108,7 +118,7 @@ def with_engine(model: Qwen3ForCausalLM, work: Workload, *, keep: bool) -> HFEng
 def with_generate(model: Qwen3ForCausalLM, work: Workload) -> None:
     """Draw all rollouts with `model.generate`, one padded batch per turn."""
     prompts = work.prompts
-    for turn in range(2):
+    for turn in range(work.lengths.shape[1]):
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -125,8 +135,8 @@ def with_generate(model: Qwen3ForCausalLM, work: Workload) -> None:
         )
         drawn = output[:, width:].tolist()
         prompts = [
-            [*prompt, *ids[:n], *result]
-            for prompt, ids, n, result in zip(prompts, drawn, work.lengths[:, turn], work.results, strict=True)
+            [*prompt, *ids[:n], *results[turn]]
+            for prompt, ids, n, results in zip(prompts, drawn, work.lengths[:, turn], work.results, strict=True)
         ]
 
 
@@ -141,10 +151,13 @@ def main(
     groups: int = 16,
     group_size: int = 16,
     kv_heads: int = 4,
+    turns: int = 2,
+    prompt_tokens: int = 120,
+    json: Annotated[Path | None, tyro.conf.arg(help="File of JSON lines to add to.")] = None,
     rounds: Annotated[int, tyro.conf.arg(help="Rounds; the table has medians over them.")] = 3,
 ) -> None:
     logging.set_verbosity_error()
-    model, work = demo_model(kv_heads), workload(groups, group_size)
+    model, work = demo_model(kv_heads), workload(groups, group_size, turns=turns, prompt_tokens=prompt_tokens)
     contenders: dict[str, Callable[[], object]] = {
         "engine": lambda: with_engine(model, work, keep=True),
         "re-prefill": lambda: with_engine(model, work, keep=False),
@@ -160,7 +173,7 @@ def main(
         f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, float32"
     )
     print(
-        f"{len(work.prompts)} rollouts in {groups} groups, 2 turns, {work.num_tokens} tokens, "
+        f"{len(work.prompts)} rollouts in {groups} groups, {turns} turns, {work.num_tokens} tokens, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {rounds} rounds"
     )
     print(
@@ -171,6 +184,9 @@ def main(
     for name, pairs in times.items():
         wall, processor = (statistics.median(p[k] for p in pairs) for k in (0, 1))
         ratios = [statistics.median(b[k] / a[k] for a, b in zip(times["engine"], pairs, strict=True)) for k in (0, 1)]
+        case = {"turns": turns, "prompt_tokens": prompt_tokens, "way": name}
+        values = {"rollouts": len(work.prompts), "cpu_s": processor, "cpu_ratio": ratios[1], "tokens": work.num_tokens}
+        append(json, "engine", case, values)
         print(f"{name:16}{wall:9.2f}{work.num_tokens / wall:10.0f}{processor:9.2f}{ratios[0]:12.2f}{ratios[1]:11.2f}")
 
 

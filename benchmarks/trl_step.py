@@ -1,13 +1,21 @@
-"""How long a training step takes natively and inside TRL: the same policy, questions, tools and group size, one run.
+"""How long a training step and its rollouts take natively, with transformers' `generate`, and inside TRL, in one run.
 
-    python benchmarks/trl_step.py [--steps 4] [--tasks 8] [--group-size 8]
+    python benchmarks/trl_step.py [--turns 2 3 8] [--prompt-tokens 0 400] [--steps 2] [--tasks 4] [--group-size 8]
 
-Two turns: the embedded policy after a few native steps, so that it calls its tool. Three turns: the embedded agent that
-searches several times, on two-hop questions, after a few steps that pay for searches alone, so that it takes its turns.
-TRL has one budget of tokens for all turns, as large as the native ones together. Steps alternate between the trainers;
-rates are 0, so that all draw from one policy. Seconds are the process's own CPU time on one thread, medians over steps.
-"TRL" is its own generation and tool loop; "TRL, our rollouts" its loss and optimiser around our engine. The adapter's
-share is what `TurnGRPOTrainer` does beside TRL's own work.
+All have the same model (the embedded policy, with a longer context), questions, search tool, group size, most tokens of
+a turn, temperature and credit, and as many turns: every message is a search until the last turn (`forced`). How long a
+turn is is chance, so turns and sampled tokens of a rollout are printed for each. The learning rate is 0, so that all
+draw from one policy. `--prompt-tokens` is the least length of a prompt; 0 leaves questions as they are.
+
+* native: the in-process engine, our update, one engine and one micro-batch at a time;
+* generate: `model.generate` for every turn and one padded batch for the loss (`plain`);
+* TRL: its generation, its tool loop, its loss and optimiser, around `TurnGRPOTrainer`, with the turn's own budget of
+  tokens given to its generation, which knows only one for all turns;
+* TRL, our rollouts (with `--ours`): its loss and optimiser around our engine.
+
+Seconds are the process's own CPU time on one thread, medians over steps, after one that
+warms up; steps alternate. The
+adapter's share is what `TurnGRPOTrainer` does beside TRL's own work. Without TRL its lines are left out.
 """
 
 import os
@@ -17,192 +25,138 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-import transformers
-import trl
-from transformers import PrinterCallback, TrainerCallback
-
-from turnwise.adapters.trl import (
-    TurnGRPOTrainer,
-    completion_turns,
-    environment_arguments,
-    task_rows,
-    tool_tokenizer,
+from forced import (
+    context_of,
+    forced_rollouts,
+    forced_setting,
+    learn,
+    long_policy,
+    mean_sampled,
+    mean_turns,
 )
-from turnwise.config import TrainConfig
-from turnwise.crediting import credit_rollouts
-from turnwise.evaluation import draw, make_engine, rollout_limits
-from turnwise.learning import update
-from turnwise.policy import Policy, load_policy
-from turnwise.setting import Setting, make_setting
-from turnwise.training import train
+from measured import append
+from plain import plain_rollouts, plain_update
+from transformers.utils import logging as transformers_logging
+
+from turnwise.policy import Policy, save_policy
+from turnwise.setting import Setting
+from turnwise.types import Rollout
 
 
-class TimedTrainer(TurnGRPOTrainer):
-    """Knows how long the adapter's own part took."""
+class Way(Protocol):
+    """One of those that are compared."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    adapter_s: float
+
+    def step(self, number: int) -> tuple[float, float, float, float]:
+        """A step's CPU seconds, those of its rollouts, turns and sampled tokens of a rollout."""
+        ...
+
+
+class Ours:
+    """Rollouts and update as functions."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        setting: Setting,
+        rollouts: Callable[[int], list[Rollout]],
+        update: Callable[..., object],
+    ) -> None:
+        self._policy, self._setting, self._rollouts, self._update = policy, setting, rollouts, update
+        self._optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
         self.adapter_s = 0.0
-        self.turns: list[float] = []
-        super().__init__(*args, **options)
 
-    def _noted(self, *args: Any) -> Any:
+    def step(self, number: int) -> tuple[float, float, float, float]:
+        """As `Way`."""
+        torch.manual_seed(number)
         start = time.process_time()
-        noted = super()._noted(*args)
-        self.adapter_s += time.process_time() - start
-        return noted
-
-    def _with_turn_credit(self, batch: dict[str, Any]) -> dict[str, Any]:
-        start = time.process_time()
-        found = super()._with_turn_credit(batch)
-        self.adapter_s += time.process_time() - start
-        self.turns.append(self._metrics["train"]["turn_credit/turns"][-1])
-        return found
+        rollouts = self._rollouts(number)
+        rolled = time.process_time() - start
+        self._update(self._policy, self._optimizer, self._setting, rollouts)
+        return time.process_time() - start, rolled, mean_turns(rollouts), mean_sampled(rollouts)
 
 
-class Clock(TrainerCallback):
-    """CPU seconds of each of TRL's steps."""
-
-    def __init__(self) -> None:
-        self.started, self.steps = 0.0, []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.process_time()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps.append(time.process_time() - self.started)
-
-
-def trl_trainer(start: Path, setting: Setting, count: int, size: int, out: str, *, ours: bool) -> TimedTrainer:
-    config = setting.config
-    given = environment_arguments(setting, tasks=count)
-    tokenizer = tool_tokenizer(start, protocol=config.protocol)
-    if not ours:
-        tool = setting.tools["search"].function
-
-        def search(query: str) -> str:
-            """Articles that best match the query.
-
-            Args:
-                query: A question or a few words.
-            """
-            return str(tool(query))
-
-        def turn_executed(completions: Any, **_: Any) -> list[list[float | None]]:
-            return [[0.2 if len(turn) > 1 else None for turn in completion_turns(own)] for own in completions]
-
-        def said_answer(completions: Any, answers: Any, **_: Any) -> list[float]:
-            pairs = zip(completions, answers, strict=True)
-            return [float(any(gold in str(own[-1].get("content")) for gold in golds)) for own, golds in pairs]
-
-        given = {
-            "tools": [search],
-            "reward_funcs": [said_answer],
-            "turn_reward_funcs": [turn_executed],
-            "train_dataset": task_rows(setting.train[:count], setting.environment),
-        }
-    return TimedTrainer(
-        str(start),
-        args=trl.GRPOConfig(
-            out,
-            per_device_train_batch_size=count * size,
-            num_generations=size,
-            max_steps=1,
-            learning_rate=0.0,
-            loss_type="grpo",
-            max_completion_length=config.max_turns * config.max_turn_tokens + (config.max_turns - 1) * 160,
-            max_tool_calling_iterations=config.max_turns - 1,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        ),
-        processing_class=tokenizer,
-        estimator="mt-grpo",
-        **given,
-    )
-
-
-def native_step(policy: Policy, setting: Setting, count: int, size: int, step: int) -> tuple[float, float]:
-    """CPU seconds of a whole step, and the turns per rollout."""
-    config, engine = setting.config, make_engine(policy)
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
-    start = time.process_time()
-    tasks = setting.train[:count]
-    limits = rollout_limits(config, policy)
-    groups = draw(
-        tasks, setting, [engine], policy.chat, limits=limits, temperature=1.0, seed=(0, step), group_size=size
-    )
-    rollouts = [setting.scored(task, r) for task, group in zip(tasks, groups, strict=True) for r in group]
-    update(policy, optimizer, credit_rollouts(rollouts, config).rows, config, step)
-    return time.process_time() - start, sum(len(r.turns) for r in rollouts) / len(rollouts)
-
-
-def taught(folder: str, config: TrainConfig, **options: Any) -> Path:
-    """The checkpoint of a few native steps, so that the policy uses its turns."""
-    out = Path(folder) / f"taught-{config.max_turns}"
-    shape = {"steps": 8, "tasks_per_step": 8, "group_size": 12, "minibatches": 4}
-    train(config, out=out, threads=1, validation_size=8, checkpoint_every=8, **shape, **options)
-    (start,) = (out / "checkpoints").glob("step-*")
-    return start
-
-
-def compare(name: str, start: Path, config: TrainConfig, options: argparse.Namespace, out: str) -> None:
-    setting, policy = make_setting(config), load_policy(start)
-    count, size = options.tasks, options.group_size
-    trainers = {
-        "TRL": trl_trainer(start, setting, count, size, out, ours=False),
-        "TRL, our rollouts": trl_trainer(start, setting, count, size, out, ours=True),
+def ways(options: argparse.Namespace, turns: int, prompt_tokens: int, folder: str) -> dict[str, Way]:
+    """All that are compared, by name."""
+    policy = long_policy(context_of(turns, prompt_tokens))
+    size = options.group_size
+    setting = forced_setting(turns=turns, tasks=options.tasks, prompt_tokens=prompt_tokens, chat=policy.chat)
+    found: dict[str, Way] = {
+        "native": Ours(policy, setting, lambda step: forced_rollouts(policy, setting, size, step), learn),
+        "generate": Ours(policy, setting, lambda step: plain_rollouts(policy, setting, size), plain_update),
     }
-    clocks = {way: Clock() for way in trainers}
-    for way, trainer in trainers.items():
-        trainer.add_callback(clocks[way])
-        trainer.remove_callback(PrinterCallback)
-    native: list[tuple[float, float]] = []
-    for step in range(options.steps + 1):  # the first one warms up
-        native.append(native_step(policy, setting, count, size, step))
-        for trainer in trainers.values():
-            trainer.args.seed = step
-            trainer.train()
-    own, turns = (statistics.median(column) for column in zip(*native[1:], strict=True))
-    print(f"\n{name}: {count} questions x {size} rollouts, {config.max_turns} turns at most")
-    print(f"  {'native':20} {own:6.2f} s a step   {turns:.2f} turns a rollout")
-    for way, trainer in trainers.items():
-        each = statistics.median(clocks[way].steps[1:])
-        share = trainer.adapter_s / sum(clocks[way].steps)
-        turns = statistics.median(trainer.turns[1:])
-        print(f"  {way:20} {each:6.2f} s a step   {turns:.2f} turns a rollout   {each / own:.2f} x native", end="")
-        print(f"   adapter's share {100 * share:.2f} %")
+    if importlib.util.find_spec("trl"):
+        from trl_way import trl_way
+
+        start = Path(folder) / f"start-{turns}-{prompt_tokens}"
+        save_policy(policy, start)
+        for name, ours in (("TRL", False), *((("TRL, our rollouts", True),) if options.ours else ())):
+            found[name] = trl_way(start, setting, size, folder, ours=ours)
+    return found
+
+
+def compare(options: argparse.Namespace, turns: int, prompt_tokens: int, folder: str) -> None:
+    """Measures one case, prints and notes it."""
+    found = ways(options, turns, prompt_tokens, folder)
+    seen: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in found}
+    for step in range(options.steps):
+        for name, way in found.items():
+            seen[name].append(way.step(step))
+    rows = {name: [statistics.median(column) for column in zip(*own, strict=True)] for name, own in seen.items()}
+    length = prompt_tokens or "short"
+    print(f"\n{turns} turns, prompts {length}: {options.tasks} questions x {options.group_size} rollouts")
+    for name, (step_s, rollout_s, played, sampled) in rows.items():
+        case = {"turns": turns, "prompt_tokens": prompt_tokens, "way": name}
+        values = {
+            "tasks": options.tasks,
+            "group_size": options.group_size,
+            "step_s": step_s,
+            "rollout_s": rollout_s,
+            "turns_a_rollout": played,
+            "sampled_a_rollout": sampled,
+            "step_ratio": step_s / rows["native"][0],
+            "rollout_ratio": rollout_s / rows["native"][1],
+            "adapter_share": found[name].adapter_s / sum(own[0] for own in seen[name]),
+        }
+        append(options.json, "step", case, values)
+        print(
+            f"  {name:18} step {step_s:7.2f} s ({values['step_ratio']:5.2f} x)   rollouts {rollout_s:7.2f} s "
+            f"({values['rollout_ratio']:5.2f} x)   {played:.2f} turns, {sampled:5.1f} tokens   "
+            f"adapter {100 * values['adapter_share']:.2f} %",
+            flush=True,
+        )
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--turns", type=int, nargs="+", default=[2, 3, 8])
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[0, 400])
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--tasks", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--ours", action="store_true", help="TRL around our engine, too")
+    parser.add_argument("--json", type=Path, help="file of JSON lines to add to")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    load = os.getloadavg()[0]
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}; load {load:.1f}")
     with tempfile.TemporaryDirectory() as folder:
-        two = TrainConfig(minibatches=1, tasks_per_step=options.tasks)
-        compare("two turns", taught(folder, two), two, options, folder)
-        three = TrainConfig(
-            minibatches=1, tasks_per_step=options.tasks, protocol="search", tasks="atlas-two-hop", max_turns=3
-        )
-        start = taught(folder, three, reward_weights={"turn_format": 1.0})
-        compare("three turns", start, three, options, folder)
+        for way in ways(options, 2, 0, folder).values():  # warms up
+            way.step(0)
+        for turns in options.turns:
+            for prompt_tokens in options.prompt_tokens:
+                compare(options, turns, prompt_tokens, folder)
 
 
 if __name__ == "__main__":
