@@ -31,6 +31,11 @@ FACTS = [
      "The official language is Dutch.", ("Paramaribo", "Africa", "South America"), "country"),
 ]  # fmt: skip
 GROUP_SIZE = 12
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "<!-- --> ]]> &lt; \x1b[31mred\x1b[0m \x00\x07\x7f \u202eright-to-left "
+    "[bold]rich[/bold] \ud800 'q' \"q\""
+)
 
 
 def z(values: Sequence[float]) -> np.ndarray:
@@ -57,6 +62,24 @@ def write_run(path: Path, *, estimator: str, seed: int, steps: int = 60, rollout
         ]
         write_lines(path / "rollouts.jsonl", records)
     return path
+
+
+def bare_run(path: Path, lines: list, *, estimator: str = "mt-grpo", seed: int = 0, **config: Any) -> Path:
+    """A run directory of nothing but its configuration and these metric lines."""
+    path.mkdir(parents=True)
+    write_json(path / "config.json", {"format": 1, "config": {"estimator": estimator, "seed": seed, **config}})
+    write_lines(path / "metrics.jsonl", lines)
+    return path
+
+
+def metric_line(step: int, split: str = "validation", **metrics: float) -> dict[str, Any]:
+    return {"step": step, "split": split, "wall_s": 1.0, "metrics": metrics}
+
+
+def said_turn(text: str, **fields: Any) -> Turn:
+    """A turn of two tokens."""
+    fields = {"action": Action(), "action_ids": (5, 6), **fields}
+    return Turn(sampling_logprobs=(-1.0,) * len(fields["action_ids"]), text=text, **fields)
 
 
 def write_json(path: Path, data: Any) -> None:

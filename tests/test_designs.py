@@ -113,7 +113,7 @@ def test_a_ready_made_design_can_be_run(file: Path):
 def test_the_zoo_has_estimators_of_every_kind():
     names = {arm.estimator for arm in designs.read_design(EXPERIMENTS / "zoo.toml").arms.values()}
     assert {"grpo-or", "grpo-mr", "mt-grpo", "mt-ppo"} <= names <= {*TRAINABLE, *BRANCHING}
-    assert {column for name in names for column in NEEDS.get(name, ())} == {"tokens", "anchor", "values", "node"}
+    assert {column for name in names for column in NEEDS.get(name, ())} == {"tokens", "anchor", "node"}
 
 
 # ----------------------------------------------------------------------------- what runs say about each other

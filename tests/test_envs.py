@@ -19,6 +19,8 @@ from turnwise.envs import load_source
 from turnwise.envs.source import Source, read_action, seed_tasks
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.evaluation import evaluate, mean_metrics, rollout_metrics, rollouts
+from turnwise.report.data import load_run
+from turnwise.report.rollouts import outcome_of
 from turnwise.report.tables import COLUMNS, ELSEWHERE, Cell, Row, columns_of, markdown_table
 from turnwise.rewards import score
 from turnwise.rollout import Limits, run_rollout, run_tree
@@ -380,7 +382,7 @@ def test_a_run_is_evaluated_asked_and_reported_where_it_was_trained(run: Path, c
     assert "a served agent must have tools that answer it" in capsys.readouterr().err
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert "solved the task" in page
+    assert {outcome_of(line) for line in load_run(run).rollouts} <= {"right", "wrong"}
     assert "Success, end" in page
     assert "Exact match, end" not in page
     assert main(["credit", str(run / "rollouts.jsonl"), "--methods", "mt-grpo", "gigpo"]) == 0

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from turnwise.config import TrainConfig
 from turnwise.devices import SMALL, num_parameters
+from turnwise.engines.hf import HFEngine
 from turnwise.errors import ConfigError
 from turnwise.evaluation import make_engines
 from turnwise.policy import Policy
@@ -47,7 +48,8 @@ class Sampler(Generic[T]):
             )
         self.policy = dataclasses.replace(policy, model=_copied(policy.model))
         self.cores, self.threads = halves(config, policy.model)
-        self.engines = make_engines(self.policy, dataclasses.replace(config, threads=self.cores))
+        made = make_engines(self.policy, dataclasses.replace(config, threads=self.cores))
+        self.engines = [engine for engine in made if isinstance(engine, HFEngine)]  # all: vLLM is refused before
         self._thread = ThreadPoolExecutor(1, "turnwise-ahead")
         self._under_way: Future[T] | None = None
 

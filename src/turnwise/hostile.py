@@ -22,7 +22,7 @@ from turnwise.engine import ScriptedEngine
 from turnwise.env import Step, ToolEnvironment
 from turnwise.fuzz import CONTROL, MARKS, NOISE, TEXTS, fuzz_chat
 from turnwise.hostile_files import inspect_fault, paths_check, report_check, traces_check
-from turnwise.report.text import escaped, marked_up, one_line, visible
+from turnwise.report.text import embedded_json, escaped, one_line, visible
 from turnwise.rollout import Limits, run_rollout
 from turnwise.templates import Template
 from turnwise.tools import tool
@@ -140,14 +140,17 @@ class _Elements(HTMLParser):
 
 
 def page_fault(text: str) -> str | None:
-    """What is wrong with a piece of the page that holds the text as text and as an attribute."""
+    """What is wrong with a piece of the page that holds the text as text, as an attribute, and in the script's data."""
     parser = _Elements()
-    parser.feed(f'<p title="{escaped(text)}">{escaped(text)}</p><pre>{marked_up(text, ("Kenya", text[:20]))}</pre>')
+    data = f'<script type="application/json">{embedded_json([visible(text)])}</script>'
+    parser.feed(f'<p title="{escaped(text)}">{escaped(text)}</p>{data}')
     parser.close()
-    own = [element for element in parser.elements if element not in (("i", ()), ("u", ()))]
-    if own != [("p", ("title",)), ("pre", ())]:
-        return f"elements of the text's: {own}"
-    return None if parser.text == 2 * visible(text) else "a text that the page does not show whole"
+    if parser.elements != [("p", ("title",)), ("script", ("type",))]:
+        return f"elements of the text's: {parser.elements}"
+    shown = visible(text)
+    if parser.text.startswith(shown) and json.loads(parser.text.removeprefix(shown)) == [shown]:
+        return None
+    return "a text that the page does not show whole"
 
 
 def terminal_fault(text: str) -> str | None:

@@ -66,7 +66,7 @@ def parsed(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def bounded_lines(file: IO[bytes], name: str | Path, longest: int = LONGEST_LINE) -> Iterator[bytes]:
+def bounded_lines(file: IO[bytes] | gzip.GzipFile, name: str | Path, longest: int = LONGEST_LINE) -> Iterator[bytes]:
     """The lines of a file; InputError, with the line's number, at one that is longer, which is not read."""
     for number, line in enumerate(iter(functools.partial(file.readline, longest + 1), b""), start=1):
         if len(line) > longest:

@@ -23,10 +23,12 @@ def report(runs: tuple[Path, ...], /, *, out: Path | None = None) -> None:
         out: Page to write; by default report.html, in the run directory where there is one run.
     """
     from turnwise.report import load_run, paper_table, print_table, table_notes, write_report
+    from turnwise.report.data import MAX_ROLLOUTS
 
     if not runs:
         raise InputError("a report must be of at least one run; got none; name run directories")
-    loaded = [load_run(run) for run in runs]
+    most = 2 * MAX_ROLLOUTS // len(runs)  # twice a run's share, as others may not need theirs
+    loaded = [load_run(run, rollouts=most) for run in runs]
     print_table(paper_table(loaded), open_console())
     for note in table_notes(loaded):
         print(note)

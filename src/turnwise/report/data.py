@@ -9,8 +9,10 @@ Only the first two must be there. A last line that a killed run left half-writte
 `Run.notes` says so; a damaged line anywhere else is an error.
 """
 
+import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +27,11 @@ T = TypeVar("T")
 
 FORMAT = 1
 """The version of the run directory that this module reads."""
-SHOWN_STEPS = 12
-"""Steps of a run whose rollouts a report shows."""
+MAX_ROLLOUTS = 2_000
+"""How many rollouts a report shows, of all its runs together."""
+
+GroupKey = tuple[int, int, str]
+"""Step, group and task of some rollouts: siblings have the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,14 @@ class RolloutLine:
     """By name, one number per turn; empty where the estimator has none."""
     loss_mask: tuple[bool, ...] | None
     """Whether each turn's tokens enter the loss."""
+    token_advantages: tuple[float, ...] | None = None
+    """One per sampled token, the turns one after the other; None where a turn's tokens all have the turn's."""
+    token_values: tuple[float, ...] | None = None
+    """A critic's value of the state before each sampled token, where it was recorded."""
+
+    @property
+    def group(self) -> GroupKey:
+        return self.step, self.rollout.group, self.rollout.task_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +90,9 @@ class Run:
     lines: tuple[MetricLine, ...]
     """In order of step; one per step and split."""
     rollouts: tuple[RolloutLine, ...] = ()
-    """Those of up to SHOWN_STEPS recorded steps, evenly spread from the first to the last."""
+    """In order of step: whole groups, evenly spread over the recorded steps."""
+    num_recorded: int = 0
+    """How many rollouts the directory holds of that split."""
     evaluations: tuple[Evaluation, ...] = ()
     notes: tuple[str, ...] = ()
     """What was skipped, looks odd, or was warned of in training, one sentence each."""
@@ -127,8 +142,8 @@ class _Reader:
             self.notes.append(f"{pending[0]}: a half-written last line was skipped.")
 
 
-def load_run(path: str | Path) -> Run:
-    """The run written in directory `path`.
+def load_run(path: str | Path, *, rollouts: int = MAX_ROLLOUTS) -> Run:
+    """The run written in directory `path`, with so many of its `rollouts` at most, but one whole group at least.
 
     Raises RunError where `path` is no run directory, has another format version or no metrics yet,
     and InputError, with file and line, where a record in it is damaged.
@@ -136,10 +151,10 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     check_links(path)
     config = _config(path)
-    metrics, rollouts = _Reader(path / "metrics.jsonl"), _Reader(path / "rollouts.jsonl")
+    metrics, records = _Reader(path / "metrics.jsonl"), _Reader(path / "rollouts.jsonl")
     try:
         lines = _metric_lines(metrics)
-        recorded = _rollout_lines(rollouts) if rollouts.path.exists() else ()
+        num_recorded, shown = _rollout_lines(records, rollouts) if records.path.exists() else (0, ())
         evaluations = tuple(_evaluation(p) for p in sorted(path.glob("eval-*.json")))
     except OSError as error:
         raise RunError(f"{path} must be readable; got {error}; check its permissions") from error
@@ -149,11 +164,12 @@ def load_run(path: str | Path) -> Run:
         seed=_field(config, "seed", int, "config.json"),
         config=config,
         lines=lines,
-        rollouts=recorded,
+        rollouts=shown,
+        num_recorded=num_recorded,
         evaluations=evaluations,
         notes=(
             *metrics.notes,
-            *rollouts.notes,
+            *records.notes,
             *(f"Warning at step {line.step}: {said}." for line in lines for said in line.warnings),
         ),
     )
@@ -244,33 +260,58 @@ def is_finite(value: float) -> bool:
         return False
 
 
-def _rollout_lines(reader: _Reader) -> tuple[RolloutLine, ...]:
-    """The rollouts of some steps, of training where it was recorded.
+def _rollout_lines(reader: _Reader, limit: int) -> tuple[int, tuple[RolloutLine, ...]]:
+    """How many rollouts there are, of training where it was recorded, and those of some groups.
 
-    Two passes, so that a file of many gigabytes needs memory for those steps only.
+    Two passes, so that a file of many gigabytes needs memory for those groups only.
     """
-    where: list[tuple[str, int, int, str]] = [
-        (place, offset, _field(data, "step", int, place), _field(data, "split", str, place))
+    where = [
+        (place, offset, _field(data, "split", str, place), _group_key(data, place))
         for place, offset, data in reader.objects()
     ]
-    split = "train" if any(w[3] == "train" for w in where) else None
-    where = [w for w in where if split is None or w[3] == split]
-    wanted = set(spread_steps(sorted({step for _, _, step, _ in where})))
+    split = "train" if any(w[2] == "train" for w in where) else None
+    where = [w for w in where if split is None or w[2] == split]
+    wanted = spread_groups(Counter(key for _, _, _, key in where), limit)
     lines = []
     with reader.path.open("rb") as file:
-        for place, offset, step, _ in where:
-            if step in wanted:
+        for place, offset, _, key in where:
+            if key in wanted:
                 file.seek(offset)
                 lines.append(_rollout_line(parsed(file.readline()), place))
-    return tuple(sorted(lines, key=lambda line: line.step))
+    return len(where), tuple(sorted(lines, key=lambda line: line.step))
 
 
-def spread_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    """SHOWN_STEPS of sorted `steps`, the first and the last among them, or all where there are fewer."""
-    if len(steps) <= SHOWN_STEPS:
-        return tuple(steps)
-    last = len(steps) - 1
-    return tuple(steps[round(i * last / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS))
+def _group_key(data: Mapping[str, Any], place: str) -> GroupKey:
+    rollout = _field(data, "rollout", dict, place)
+    return _field(data, "step", int, place), _field(rollout, "group", int, place), str(rollout.get("task_id"))
+
+
+def spread_groups(sizes: Mapping[GroupKey, int], limit: int) -> set[GroupKey]:
+    """Groups of `limit` rollouts at most, or one group: the first ones of as many steps as fit, then the second ones.
+
+    Where the steps are too many, evenly spread from the first to the last.
+    """
+    by_step: dict[int, list[GroupKey]] = {}
+    for key in sizes:
+        by_step.setdefault(key[0], []).append(key)
+    steps = [by_step[step] for step in sorted(by_step)]
+    kept: set[GroupKey] = set()
+    for layer in itertools.zip_longest(*steps):
+        there = [key for key in layer if key is not None]
+        fitting = _evenly(there, sizes, limit - sum(sizes[key] for key in kept))
+        kept.update(fitting)
+        if len(fitting) < len(there):
+            break
+    return kept or set(itertools.islice(sizes, 1))
+
+
+def _evenly(keys: Sequence[GroupKey], sizes: Mapping[GroupKey, int], limit: int) -> list[GroupKey]:
+    """As many of `keys` as fit, the first and the last among them."""
+    for count in range(min(len(keys), limit), 0, -1):
+        found = [keys[round(i * (len(keys) - 1) / max(count - 1, 1))] for i in range(count)]
+        if sum(sizes[key] for key in found) <= limit:
+            return found
+    return []
 
 
 def _rollout_line(data: dict[str, Any], place: str) -> RolloutLine:
@@ -287,11 +328,13 @@ def _rollout_line(data: dict[str, Any], place: str) -> RolloutLine:
                 kind=str(task.get("kind", "")),
             ),
             rollout=rollout,
-            advantages=_per_turn(data.get("advantages"), float),
+            advantages=_numbers(data.get("advantages"), float),
             baselines={
                 str(name): tuple(float(v) for v in values) for name, values in (data.get("baselines") or {}).items()
             },
-            loss_mask=_per_turn(data.get("loss_mask"), bool),
+            loss_mask=_numbers(data.get("loss_mask"), bool),
+            token_advantages=_numbers(data.get("token_advantages"), float),
+            token_values=_numbers(data.get("token_values"), float),
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise InputError(
@@ -301,7 +344,7 @@ def _rollout_line(data: dict[str, Any], place: str) -> RolloutLine:
     return line
 
 
-def _per_turn(values: Sequence[Any] | None, kind: Callable[[Any], T]) -> tuple[T, ...] | None:
+def _numbers(values: Sequence[Any] | None, kind: Callable[[Any], T]) -> tuple[T, ...] | None:
     return None if values is None else tuple(kind(v) for v in values)
 
 
@@ -313,6 +356,14 @@ def _check_lengths(line: RolloutLine, place: str) -> None:
             raise InputError(
                 f"{place}: {name} must have one entry per turn, {len(line.rollout.turns)}; "
                 f"got {len(values)}; repair or delete the line"
+            )
+    tokens = sum(len(turn.action_ids) for turn in line.rollout.turns)
+    for name in ("token_advantages", "token_values"):
+        values = getattr(line, name)
+        if values is not None and len(values) != tokens:
+            raise InputError(
+                f"{place}: {name} must have one entry per sampled token, {tokens}; got {len(values)}; "
+                "repair or delete the line"
             )
 
 

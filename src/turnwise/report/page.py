@@ -1,22 +1,22 @@
 """The report of one or more runs as a single HTML page that asks nothing of the network.
 
-The page is readable without its script, which adds the pointer's readout and the choice of a group.
-A content security policy names that script by its hash, so no text from a rollout could run.
+Curves and tables are readable without its script, which adds the readout under the pointer and shows the rollouts: they
+are data in the page, and the script writes them as text. A content security policy names that script by its hash, so no
+text from a rollout could run.
 """
 
 import base64
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from turnwise.errors import InputError, RunError
-from turnwise.report import curves, transcripts
+from turnwise.report import curves
 from turnwise.report.data import Run
+from turnwise.report.rollouts import OUTCOMES, page_data, shown_rollouts
 from turnwise.report.tables import (
     COLUMNS,
     PLAIN,
@@ -29,8 +29,10 @@ from turnwise.report.tables import (
     paper_table,
     table_notes,
 )
-from turnwise.report.text import escaped, one_line
+from turnwise.report.text import embedded_json, escaped, one_line
 
+SCRIPTS = ("elements.js", "charts.js", "rollout.js", "group.js", "browser.js")
+"""The page's script in its order."""
 METHODS = {
     "grpo-or": "is paid for the outcome alone. Every turn gets the same advantage.",
     "grpo-mr": "adds the turns’ rewards to the outcome. Every turn still gets the same advantage.",
@@ -60,29 +62,23 @@ def page(runs: Sequence[Run]) -> str:
     """The whole page as text."""
     if not runs:
         raise InputError("a report needs at least one run; got none; give run directories")
-    charts, shown = curves.charts(runs), transcripts.groups(runs)
-    script = resource("page.js")
+    charts, shown = curves.charts(runs), page_data(shown_rollouts(runs))
+    script = '"use strict";\n(() => {\n' + "\n".join(resource(name) for name in SCRIPTS) + "})();\n"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template(resource("page.html")).substitute(
         digest=digest,
         style=resource("page.css"),
         script=script,
-        data=embedded_json(curves.hover_data(charts)),
+        data=embedded_json({"charts": curves.hover_data(charts), "outcomes": OUTCOMES, **shown}),
         overview=escaped(_overview(runs)),
         methods=_methods(runs),
         tables=_tables(paper_table(runs), curves.styles(runs)),
         notes=_notes(table_notes(runs)),
         arms=curves.toggles(runs),
         charts=curves.figures(charts) or "<p>No metric of these runs has a chart.</p>",
-        rollouts=transcripts.section(shown) if shown else "<p>These runs recorded no rollouts.</p>",
-        scope=escaped(_scope(runs, shown)),
+        browser=resource("browser.html") if shown["rollouts"] else "<p>These runs recorded no rollouts.</p>",
+        scope=escaped(_scope(runs, len(shown["rollouts"]))),
     )
-
-
-def embedded_json(value: Any) -> str:
-    """`value` as JSON that is safe between script tags: no <, > or & can stand in it."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def resource(name: str) -> str:
@@ -160,11 +156,10 @@ def _notes(notes: Sequence[str]) -> str:
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
-def _scope(runs: Sequence[Run], shown: Sequence[transcripts.Group]) -> str:
+def _scope(runs: Sequence[Run], shown: int) -> str:
     """Which of the recorded rollouts the page holds."""
-    kept = sum(min(len(g.lines), transcripts.MAX_GROUP) for g in shown)
-    recorded = sum(len(run.rollouts) for run in runs)
+    recorded = sum(run.num_recorded for run in runs)
     if not recorded:
         return ""
-    text = f"The page holds {_count(kept, 'rollout')} from steps that are evenly spread over training"
-    return f"{text} ({recorded} were recorded in those)." if recorded > kept else f"{text}."
+    text = f"The page holds {shown:,} rollouts"
+    return f"{text} of {recorded:,}, evenly from all runs and over their steps." if recorded > shown else f"{text}."

@@ -5,13 +5,10 @@ escapes, characters that reverse the reading order. Nothing is dropped: each bec
 """
 
 import html
-import re
+import json
 import unicodedata
-from collections.abc import Sequence
+from typing import Any
 
-from turnwise.protocols import PROTOCOLS
-
-_TAG = rf"</?(?:{'|'.join(dict.fromkeys(tag for protocol in PROTOCOLS.values() for tag in protocol.tags))})>"
 _KEPT = "\n\t"
 
 
@@ -54,15 +51,7 @@ def shortened(text: str, limit: int) -> str:
     return f"{text[:limit].rstrip()} … ({len(text) - limit:,} more characters)"
 
 
-def marked_up(text: str, answers: Sequence[str]) -> str:
-    """`text` as HTML, with protocol tags set back and accepted answers underlined."""
-    names = [re.escape(visible(a)) for a in answers if len(a.strip()) >= 2]
-    names.sort(key=len, reverse=True)
-    words = rf"|(?P<gold>(?<!\w)(?:{'|'.join(names)})(?!\w))" if names else ""
-    text, out, end = visible(text), [], 0
-    for match in re.finditer(rf"(?P<tag>{_TAG}){words}", text, re.IGNORECASE):
-        kind = "i" if match["tag"] else "u"
-        out += [html.escape(text[end : match.start()])]
-        out += [f"<{kind}>{html.escape(match[0])}</{kind}>"]
-        end = match.end()
-    return "".join([*out, html.escape(text[end:])])
+def embedded_json(value: Any) -> str:
+    """`value` as JSON that is safe between script tags: no <, > or & can stand in it."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

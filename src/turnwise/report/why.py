@@ -1,214 +1,172 @@
-"""Why a turn has its advantage, in one sentence, computed from what the group's rollouts earned.
+"""Why a turn has its advantage: what it was compared with, and what of it was paid.
 
-The estimators are those of arXiv 2505.11821: every advantage is a sum of comparisons, each of one
-reward stream with the group's mean of it. A sentence says "=" only where these comparisons,
-recomputed from the recorded rewards, give the recorded advantages of the whole group.
+The first lines are the split of the advantage where the recorded rewards give it, and say plainly where they do not;
+the last one says which rewards this turn got, and which its siblings got and it did not.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from turnwise.credit import ONE_PER_ROLLOUT
 from turnwise.report.data import RolloutLine
+from turnwise.report.recipes import Part, siblings
+from turnwise.report.splits import Split, splits
+from turnwise.report.text import one_line
 
-Term = tuple[Hashable, float]
-"""A reward stream and the weight of its comparison in one turn's advantage."""
-Streams = Mapping[Hashable, Mapping[int, float]]
-"""What each rollout (by its place in the group) earned in each stream."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One stream's part in one turn's advantage."""
-
-    label: str
-    own: float
-    mean: float
-    spread: float
-    weight: float
-
-    @property
-    def part(self) -> float:
-        return self.weight * (self.own - self.mean) / self.spread
-
-
-Comparisons = Sequence[Comparison | None]
-"""The comparisons behind one turn's advantage."""
+OUTCOME_ALONE = ("grpo-or", "ppo-or")
+"""The methods that turn rewards do not count for."""
+NAMED = 3
+"""How many rewards that siblings got are named."""
+NOTHING = 1e-9
 
 
 def turn_reward(line: RolloutLine, turn: int) -> float:
     """Sum of the reward components of one turn; 0 where it has none."""
+    return math.fsum(components(line, turn).values())
+
+
+def components(line: RolloutLine, turn: int) -> Mapping[str, float]:
+    """The reward components of one turn."""
     rewards = line.rollout.turn_rewards
-    return math.fsum(rewards[turn].values()) if turn < len(rewards) else 0.0
+    return rewards[turn] if turn < len(rewards) else {}
 
 
 def outcome_reward(line: RolloutLine) -> float:
     return math.fsum(line.rollout.outcome_rewards.values())
 
 
-def total_reward(line: RolloutLine, gamma: float = 1.0) -> float:
-    """The return of the rollout, discounted per turn: Σ γ^(k−1) r_k + γ^(K−1) R^O."""
-    turns = range(len(line.rollout.turns))
-    outcome = gamma ** max(0, len(turns) - 1) * outcome_reward(line)
-    return outcome + math.fsum(gamma**k * turn_reward(line, k) for k in turns)
+def return_from(line: RolloutLine, turn: int = 0) -> float:
+    """All that is paid from a turn on, undiscounted."""
+    return outcome_reward(line) + math.fsum(turn_reward(line, k) for k in range(turn, len(line.rollout.turns)))
 
 
-def reasons(group: Sequence[RolloutLine], config: Mapping[str, Any]) -> list[list[str]]:
-    """A sentence per rollout of one group and turn; `config` is the run's."""
-    table, estimator = _explanation(group, config), str(config.get("estimator"))
+def reasons(lines: Sequence[RolloutLine], config: Mapping[str, Any]) -> list[list[str]]:
+    """A text for every turn of rollouts of one step; `config` is the run's."""
+    method = str(config.get("estimator"))
+    groups: dict[Any, list[RolloutLine]] = {}
+    for line in lines:
+        groups.setdefault(line.group, []).append(line)
     return [
         [
-            _facts(line, k) if table is None else _equation(line, k, table[i][k], estimator)
+            f"{_number_said(line, k, split, method)}\n{_paid(line, k, groups[line.group], method)}"
             for k in range(len(line.rollout.turns))
         ]
-        for i, line in enumerate(group)
+        for line, split in zip(lines, splits(lines, config), strict=True)
     ]
 
 
-def _explanation(group: Sequence[RolloutLine], config: Mapping[str, Any]) -> Sequence[Sequence[Comparisons]] | None:
-    """The comparisons of each rollout and turn; None where they do not give the advantages."""
-    terms = _TERMS.get(str(config.get("estimator")))
-    if terms is None:
-        return None
-    alpha, gamma = (1.0 if (v := config.get(n)) is None else float(v) for n in ("alpha", "gamma"))
-    streams = _streams(group, gamma)
-    for scale in (_sample_std, _population_std, _no_std):
-        table = [
-            [
-                [_comparison(i, term, streams, scale) for term in terms(line, k, alpha)]
-                for k in range(len(line.rollout.turns))
-            ]
-            for i, line in enumerate(group)
-        ]
-        if _explains(table, group):
-            return table
-    return None
+def _number_said(line: RolloutLine, turn: int, split: Sequence[Split] | None, method: str) -> str:
+    if line.advantages is None:
+        return "No advantage: the rollout was not trained on."
+    advantage = line.advantages[turn]
+    if split is None:
+        return f"{signed(advantage)}: {_unsplit(line, turn, method)}"
+    same = " Every turn gets the same." if method in ONE_PER_ROLLOUT and len(line.rollout.turns) > 1 else ""
+    return f"{_equation(advantage, split[turn])}{same}"
 
 
-def _streams(group: Sequence[RolloutLine], gamma: float) -> dict[Hashable, dict[int, float]]:
-    """Rewards by stream: a failed rollout is in none, and none is in turns that it did not take."""
-    streams: dict[Hashable, dict[int, float]] = {"outcome": {}, "all": {}}
-    for i, line in enumerate(group):
-        if line.rollout.stop == "error":
-            continue
-        streams["outcome"][i] = outcome_reward(line)
-        streams["all"][i] = total_reward(line, gamma)
-        for k in range(len(line.rollout.turns)):
-            streams.setdefault(k, {})[i] = turn_reward(line, k)
-    return streams
-
-
-def _outcome_terms(line: RolloutLine, turn: int, alpha: float) -> list[Term]:
-    return [("outcome", 1.0)]
-
-
-def _merged_terms(line: RolloutLine, turn: int, alpha: float) -> list[Term]:
-    return [("all", 1.0)]
-
-
-def _turn_terms(line: RolloutLine, turn: int, alpha: float) -> list[Term]:
-    """A_k = Σ_{l=k..K} α^(l−k) A^I_l + α^(K−k) A^O, the sum of arXiv 2505.11821, appendix D.
-
-    The last turn's own stream counts where other rollouts of the group called a tool at its place;
-    it is 0 otherwise.
-    """
-    last = len(line.rollout.turns) - 1
-    own: list[Term] = [(k, alpha ** (k - turn)) for k in range(turn, last + 1)]
-    return [*own, ("outcome", alpha ** (last - turn))]
-
-
-_TERMS: dict[str, Callable[[RolloutLine, int, float], list[Term]]] = {
-    "grpo-or": _outcome_terms,
-    "grpo-mr": _merged_terms,
-    "mt-grpo": _turn_terms,
-}
-
-
-def _sample_std(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if values.size > 1 else 0.0
-
-
-def _population_std(values: np.ndarray) -> float:
-    return float(values.std())
-
-
-def _no_std(values: np.ndarray) -> float:
-    return 1.0
-
-
-def _comparison(i: int, term: Term, streams: Streams, scale: Callable[[np.ndarray], float]) -> Comparison | None:
-    """Rollout `i` compared in one stream; None where the whole group has the same there."""
-    stream, weight = term
-    values = streams.get(stream, {})
-    if i not in values:
-        return None
-    array = np.array(list(values.values()))
-    if array.size < 2 or np.ptp(array) < 1e-9:
-        return None
-    return Comparison(
-        label=_label(stream),
-        own=values[i],
-        mean=float(array.mean()),
-        spread=scale(array),
-        weight=weight,
+def _unsplit(line: RolloutLine, turn: int, method: str) -> str:
+    """What is known where the advantage is not recomputed."""
+    bases = "".join(f", baseline {one_line(name)} {number(v[turn])}" for name, v in line.baselines.items())
+    cut = line.rollout.stop == "max_tokens" and "value" in line.baselines
+    why = (
+        "cut off by the token budget, it goes on with a value that is not recorded, so it is not split"
+        if cut
+        else f"what was recorded does not give this number under {one_line(method)}, so it is not split"
     )
+    return f"return from here on {number(return_from(line, turn))}{bases}; {why}."
 
 
-def _label(stream: Hashable) -> str:
-    if stream == "outcome":
-        return "outcome"
-    if stream == "all":
-        return "all rewards"
-    assert isinstance(stream, int)
-    return f"turn {stream + 1}’s own reward"
-
-
-def _explains(table: Sequence[Sequence[Comparisons]], group: Sequence[RolloutLine]) -> bool:
-    for row, line in zip(table, group, strict=True):
-        if line.advantages is None:
-            return False
-        for comparisons, advantage in zip(row, line.advantages, strict=True):
-            total = math.fsum(c.part for c in comparisons if c is not None)
-            if not abs(total - advantage) <= 0.02 * max(1.0, abs(advantage)):  # NaN fails too
-                return False
-    return True
-
-
-def _equation(line: RolloutLine, turn: int, comparisons: Comparisons, estimator: str) -> str:
-    head = signed(line.advantages[turn]) if line.advantages else "–"
-    if line.rollout.stop == "error":
-        return f"{head}: the environment failed, so this rollout is left out."
-    parts = [c for c in comparisons if c is not None]
-    tail = "" if estimator == "mt-grpo" else " Every turn gets the same."
+def _equation(advantage: float, split: Split) -> str:
+    parts = [part for part in split.parts if abs(part.advantage) > NOTHING]
+    if split.over:
+        scaled = (
+            f"({signed(split.total)} − {split.over} mean {number(split.centre)}) / its spread {number(split.spread)}"
+        )
+        if len(parts) == 1:
+            return f"{signed(advantage)} = {scaled}.\n{signed(split.total)} = {_said(parts[0])}."
+        lines = [f"{signed(advantage)} = {scaled}."]
+        return "\n".join([*lines, *_listed(split.total, parts)]) if parts else lines[0]
     if not parts:
-        return f"{head}: the whole group earned the same, nothing to compare.{tail}"
+        return f"{signed(advantage)}: {_level(split)}."
     if len(parts) == 1:
-        return f"{head} = {_fraction(parts[0])}.{tail}"
-    total = signed(parts[0].part) + "".join(_added(c.part) for c in parts[1:])
-    return "\n".join([f"{head} = {total}", *(f"{signed(c.part)}: {_fraction(c)}" for c in parts)])
+        return f"{signed(advantage)} = {_said(parts[0])}."
+    return "\n".join(_listed(advantage, parts))
+
+
+def _level(split: Split) -> str:
+    """Where nothing differs: the value and the baselines that it equals."""
+    told = dict.fromkeys(f"{part.what} {number(part.value)} equals its baseline, {part.source}" for part in split.parts)
+    return "; ".join(list(told)[:2]) or "nothing to compare"
+
+
+def _listed(total: float, parts: Sequence[Part]) -> list[str]:
+    summed = signed(parts[0].advantage) + "".join(_added(part.advantage) for part in parts[1:])
+    return [f"{signed(total)} = {summed}", *(f"{signed(part.advantage)}: {_said(part)}." for part in parts)]
 
 
 def _added(value: float) -> str:
     return f" {'−' if value < 0 else '+'} {abs(value):.2f}"
 
 
-def _fraction(c: Comparison) -> str:
-    """(outcome 1.90 − mean 1.65) / 0.58, the spread left out where nothing is divided by it."""
-    weight = "" if c.weight == 1 else f"{number(c.weight)} × "
-    spread = "" if c.spread == 1 else f" / {number(c.spread)}"
-    return f"{weight}({c.label} {number(c.own)} − mean {number(c.mean)}){spread}"
+def _said(part: Part) -> str:
+    """(outcome 1.90 − baseline 1.65) / 0.58, the mean of the group’s 12 rollouts; what is 1 is left out."""
+    weight = "" if part.weight == 1 else f"{number(part.weight)} × "
+    if part.baseline is None:
+        return f"{weight}{part.what} {number(part.value)}"
+    difference = f"{part.what} {number(part.value)} − baseline {number(part.baseline)}"
+    spread = "" if abs(part.spread - 1) < 1e-6 else f" / {number(part.spread)}"
+    if weight or spread:
+        difference = f"({difference})"
+    return f"{weight}{difference}{spread}, {part.source}"
 
 
-def _facts(line: RolloutLine, turn: int) -> str:
-    """What is known of a turn whose advantage is not recomputed: its rewards and its baselines."""
-    rest = outcome_reward(line) + math.fsum(turn_reward(line, k) for k in range(turn, len(line.rollout.turns)))
-    own = f"own reward {number(turn_reward(line, turn))}, from here on {number(rest)}"
-    bases = [f"baseline {name} {number(values[turn])}" for name, values in line.baselines.items()]
-    head = "" if line.advantages is None else f"{signed(line.advantages[turn])}: "
-    return f"{head}{'; '.join([own, *bases])}."
+def _paid(line: RolloutLine, turn: int, group: Sequence[RolloutLine], method: str) -> str:
+    """Which rewards the turn got, and which ones siblings got at the same place."""
+    others = [other for other in group if other is not line and other.rollout.stop != "error"]
+    here = [other for other in others if turn < len(other.rollout.turns)]
+    own = components(line, turn)
+    said = [_listing("Paid here", own) or "Nothing is paid at this turn"]
+    lost = _lost(own, [components(other, turn) for other in here])
+    last = turn == len(line.rollout.turns) - 1
+    if last:
+        outcome = line.rollout.outcome_rewards
+        said.append(_listing("at the end", outcome) or "nothing at the end")
+        lost += _lost(outcome, [other.rollout.outcome_rewards for other in others], at_end=True)
+    text = f"{'; '.join(said)}."
+    if lost:
+        text += f" Not paid: {'; '.join(lost[:NAMED])}."
+    if not here:
+        text += " No sibling took this turn." if others else ""
+    else:
+        text += f" {siblings(len(here)).capitalize()} took this turn."
+    return (
+        f"{text} Turn rewards do not count under {method}." if method in OUTCOME_ALONE and any(own.values()) else text
+    )
+
+
+def _listing(head: str, rewards: Mapping[str, float]) -> str:
+    there = [f"{worded(name)} {number(value)}" for name, value in rewards.items() if abs(value) > NOTHING]
+    return f"{head}: {', '.join(there)}" if there else ""
+
+
+def _lost(own: Mapping[str, float], others: Sequence[Mapping[str, float]], *, at_end: bool = False) -> list[str]:
+    """Rewards above zero that some of the others got, who got more than this one, which did not get them."""
+    better = [other for other in others if math.fsum(other.values()) > math.fsum(own.values()) + NOTHING]
+    names = dict.fromkeys(name for other in better for name, value in other.items() if value > NOTHING)
+    where = "at the end" if at_end else "here"
+    return [
+        f"{worded(name)}, which {sum(other.get(name, 0.0) > NOTHING for other in others)} of "
+        f"{siblings(len(others))} got {where}"
+        for name in names
+        if own.get(name, 0.0) <= NOTHING
+    ]
+
+
+def worded(name: str) -> str:
+    """The name of a reward in plain words."""
+    return one_line(name).replace("_", " ")
 
 
 def signed(value: float) -> str:
