@@ -208,6 +208,7 @@ def test_a_failing_update_ends_what_is_drawn(world: dict[str, Any], tmp_path: Pa
     assert not any(thread.name.startswith("turnwise-ahead") for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_and_trees_go_on_alike(world: dict[str, Any], tmp_path: Path):
     for name, more in (
         ("dynamic", {"dynamic_sampling": 3}),
@@ -233,6 +234,7 @@ def test_an_adapter_goes_on_alike_and_its_base_is_not_copied(world: dict[str, An
     assert all("lora_" in name for name in saved)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_numbers(
     world: dict[str, Any], tmp_path: Path, checkpoint: Path
 ):

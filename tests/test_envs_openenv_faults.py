@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
@@ -131,7 +132,13 @@ FAULTS = [hang, drop, close, garbage, no_json, no_object, deep, no_websocket, fl
 
 def played(url: str, count: int) -> list[Rollout]:
     source = load_source(f"openenv:{url}?timeout=1")
-    engine = ScriptedEngine(["a", "b", "c"], CHAT)
+    says = iter("abc" * count)
+
+    def slowly(_: str) -> str:
+        time.sleep(0.1)  # what the server sends meanwhile has arrived
+        return next(says)
+
+    engine = ScriptedEngine(slowly, CHAT)
     make = lambda task: source.environment(task, 3)  # noqa: E731
     groups = run_groups([source.task_of("1")], make, engine, CHAT, group_size=count, limits=LIMITS)
     [group] = asyncio.run(groups)

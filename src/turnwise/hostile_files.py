@@ -77,7 +77,7 @@ def _name_fault(run: Path, name: str) -> str | None:
         return "an evaluation's file is elsewhere"
     if _fits(name):
         file = run / "design.toml"
-        file.write_text(f"[shared]\nname = {json.dumps(name)}\n[{json.dumps(name)}]\nsteps = 1\n", encoding="utf-8")
+        file.write_text(f"[shared]\nname = {json.dumps(name)}\n[{json.dumps(name)}]\nalpha = 0.5\n", encoding="utf-8")
         design = _allowed(read_design, file)
         if design:
             runs = run / design.name

@@ -122,7 +122,8 @@ def _session(url: str, timeout_s: float) -> Any:
 async def _has_message(connection: Any) -> bool:
     """Whether a message has come that nothing waits for; answers bear no number, so it would be the next one's."""
     waiting = asyncio.ensure_future(connection.recv())
-    await asyncio.sleep(0)
+    for _ in range(4):  # the loop reads what has arrived, the connection unpacks it, `recv` takes it
+        await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.wait({waiting})
     return not waiting.cancelled() and not waiting.exception()
