@@ -103,7 +103,7 @@ def test_games_of_a_folder_are_tasks_by_name(source: Source):
     assert rollout.success
     assert "Commands: " not in rollout.turns[0].results[0].text
     with pytest.raises(InputError, match=r"a task must be a game of .*; got 'other'"):
-        named.environment(named.task_of("other"), 3)
+        named.make(named.task_of("other"))
 
 
 def test_a_game_is_made_once(source: Source):
@@ -129,7 +129,7 @@ def test_wrong_options_are_refused(spec: str, message: str):
 
 def test_a_task_without_a_seed_has_no_game(source: Source):
     with pytest.raises(InputError, match="must have a seed"):
-        source.environment(Task(id="x", question=""), 3)
+        source.make(Task(id="x", question=""))
 
 
 def test_prompt_and_state_are_the_games_own(source: Source):
@@ -144,7 +144,7 @@ def test_prompt_and_state_are_the_games_own(source: Source):
 def test_the_example_plays_and_learns(source: Source):
     path = Path(__file__).parent.parent / "examples" / "textworld_player.py"
     namespace = runpy.run_path(str(path))
-    won = namespace["play"](f"textworld:?{SIZE}", "gigpo", steps=4, group_size=4, max_turns=8)
+    won = namespace["play"](f"textworld:?{SIZE}", "gigpo", steps=4, max_turns=8)
     assert len(won) == 4
     assert won[-1] >= won[0]
     assert len(path.read_text().splitlines()) < 100
