@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from textworld_player import play  # pyright: ignore[reportMissingImports]
 
 BASELINE = "grpo-mr"
-METHODS = (BASELINE, "rloo", "mt-grpo", "turn-rloo", "gigpo", "hgpo")
+METHODS = (BASELINE, "rloo", "mt-grpo", "turn-rloo", "gigpo")
 RATES = (0.25, 0.5, 1.0, 2.0)
 TUNED_ON = range(4)
 STEPS = 16
