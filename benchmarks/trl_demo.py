@@ -28,15 +28,10 @@ from typing import Any
 import torch
 import transformers
 import trl
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
+from trl_way import Clock, TimedTrainer
 
-from turnwise.adapters.trl import (
-    TurnGRPOTrainer,
-    completion_turns,
-    environment_arguments,
-    task_rows,
-    tool_tokenizer,
-)
+from turnwise.adapters.trl import completion_turns, environment_arguments, task_rows, tool_tokenizer
 from turnwise.config import TrainConfig
 from turnwise.crediting import credit_rollouts
 from turnwise.evaluation import draw, make_engine, rollout_limits
@@ -44,41 +39,6 @@ from turnwise.learning import update
 from turnwise.policy import Policy, load_policy
 from turnwise.setting import Setting, make_setting
 from turnwise.training import train
-
-
-class TimedTrainer(TurnGRPOTrainer):
-    """Knows how long the adapter's own part took."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.adapter_s = 0.0
-        self.turns: list[float] = []
-        super().__init__(*args, **options)
-
-    def _noted(self, *args: Any) -> Any:
-        start = time.process_time()
-        noted = super()._noted(*args)
-        self.adapter_s += time.process_time() - start
-        return noted
-
-    def _with_turn_credit(self, batch: dict[str, Any]) -> dict[str, Any]:
-        start = time.process_time()
-        found = super()._with_turn_credit(batch)
-        self.adapter_s += time.process_time() - start
-        self.turns.append(self._metrics["train"]["turn_credit/turns"][-1])
-        return found
-
-
-class Clock(TrainerCallback):
-    """CPU seconds of each of TRL's steps."""
-
-    def __init__(self) -> None:
-        self.started, self.steps = 0.0, []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.process_time()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.steps.append(time.process_time() - self.started)
 
 
 def trl_trainer(start: Path, setting: Setting, count: int, size: int, out: str, *, ours: bool) -> TimedTrainer:

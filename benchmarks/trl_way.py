@@ -1,4 +1,4 @@
-"""TRL's trainer with turn credit on forced turns, and what its steps take; for `trl_step`."""
+"""TRL's trainer with turn credit, and what its steps take; for `trl_step`, on forced turns, and `trl_demo`."""
 
 import time
 from pathlib import Path
@@ -23,6 +23,7 @@ class TimedTrainer(TurnGRPOTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.adapter_s = self.rollout_s = 0.0
+        self.turns: list[float] = []
         super().__init__(*args, **options)
 
     def _generate(self, *args: Any) -> Any:
@@ -41,6 +42,7 @@ class TimedTrainer(TurnGRPOTrainer):
         start = time.process_time()
         found = super()._with_turn_credit(batch)
         self.adapter_s += time.process_time() - start
+        self.turns.append(self._metrics["train"]["turn_credit/turns"][-1])
         return found
 
 
@@ -79,8 +81,8 @@ class TRLWay:
         seen.clear()  # TRL clears it when it logs, which it does at the end of a run of steps alone
         trainer.log = lambda *_, **__: None  # type: ignore[method-assign]
         trainer.train()
-        turns, tokens = seen["turn_credit/turns"][-1], seen["completions/mean_length"][-1]
-        return self._clock.steps[-1], trainer.rollout_s - before, turns, tokens
+        tokens = seen["completions/mean_length"][-1]
+        return self._clock.steps[-1], trainer.rollout_s - before, trainer.turns[-1], tokens
 
 
 def trl_way(start: Path, setting: Setting, size: int, out: str, *, ours: bool) -> TRLWay:

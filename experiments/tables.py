@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +34,12 @@ def result(name: str) -> Any:
     return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def mean(values: Iterable[float]) -> float:
+    """As the results' own tables take it, so that both round alike."""
+    known = list(values)
+    return sum(known) / len(known)
+
+
 def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
     """A share without its leading zero, as the tables write it."""
     text = f"{value:{'+' if sign else ''}.{digits}f}"
@@ -43,7 +48,7 @@ def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
 
 def over_seeds(values: Sequence[float], digits: int = 3) -> str:
     """The mean, lowest and highest seed in brackets."""
-    return f"{number(fmean(values), digits)} ({number(min(values), digits)}-{number(max(values), digits)})"
+    return f"{number(mean(values), digits)} ({number(min(values), digits)}-{number(max(values), digits)})"
 
 
 def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -78,9 +83,7 @@ def curves(name: str) -> str:
     rows = []
     for of, said in (("tool_execution", "tool execution"), ("exact_match", "exact match")):
         for i, (arm, runs) in enumerate(by_arm(result(name)).items()):
-            means = [
-                fmean(fmean(run["curve"][of][a - 1 : b]) for run in runs) for a, b in zip(STEPS, ends, strict=True)
-            ]
+            means = [mean(mean(run["curve"][of][a - 1 : b]) for run in runs) for a, b in zip(STEPS, ends, strict=True)]
             rows.append([f"{said}, {NAMES[arm]}" if i == 0 else NAMES[arm], *(number(x, 2) for x in means)])
     return lines(("steps", *(f"{a}-{b}" for a, b in zip(STEPS, ends, strict=True))), rows)
 
@@ -90,8 +93,8 @@ def searches(name: str) -> str:
     found = result(name)
     columns = ("well_called", "gold_found", "exact_match")
     rows = [["start", *(number(metric(found["start"], "held-out-greedy", m)) for m in columns), ""]]
-    for arm, runs in sorted(by_arm(found).items(), key=lambda of: -fmean(_ends(of[1]))):
-        means = [number(fmean(values)) for m in columns[:2] if (values := _values(runs, m))]
+    for arm, runs in sorted(by_arm(found).items(), key=lambda of: -mean(_ends(of[1]))):
+        means = [number(mean(values)) for m in columns[:2] if (values := _values(runs, m))]
         rows.append([NAMES[arm], *means, over_seeds(_ends(runs)), still_searching(runs)])
     return lines(
         ("method", "searches called well", "gold articles found", "exact match (seeds)", "still searching"), rows
@@ -175,7 +178,7 @@ def anchors() -> str:
     """Methods on games of TextWorld."""
     rows = []
     for name, of in result("anchors")["methods"].items():
-        shown = [f"`{name}`", f"{of['rate']:g}", number(sum(of["won"]) / len(of["won"]))]
+        shown = [f"`{name}`", f"{of['rate']:g}", number(mean(of["won"]))]
         compared = of["beside"]
         signs = "" if compared is None else f"{compared['wins']} : {compared['losses']}, {number(compared['p'])}"
         rows.append([*shown, "" if compared is None else with_interval(compared), signs])

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -430,6 +431,27 @@ def test_methods_and_runs_are_filtered(open_page, tmp_path):
     picker.select_option(label="GRPO-MR, seed 1 · grpo-mr-1")
     assert found(tab) == 108
     assert all("GRPO-MR, seed 1" in text for text in tab.locator(".row .place").all_text_contents())
+
+
+def test_arms_say_how_they_differ_and_placebos_that_rewards_are_dealt(open_page, tmp_path):
+    plain, dealt = (write_run(tmp_path / name, estimator="mt-grpo", seed=0) for name in ("plain", "dealt"))
+    config = json.loads((dealt / "config.json").read_text())
+    config["config"] |= {"placebo": "rollouts"}
+    (dealt / "config.json").write_text(json.dumps(config))
+    (dealt / "record.json").write_text(json.dumps({"arm": "other-rollouts"}))
+    tab = open_page(plain, dealt)
+    described = tab.locator("dl.methods div").all_text_contents()
+    assert len(described) == 2
+    assert "MT-GRPO" in described[0]
+    assert "dealt" not in described[0]
+    assert described[1].startswith("other-rolloutsis MT-GRPO, which credits every turn")
+    assert "With placebo rollouts. Its turn rewards are dealt out anew" in described[1]
+    for label, heads in (("MT-GRPO", {"reward"}), ("other-rollouts", {"dealt"})):
+        tab.get_by_label("Method or run").select_option(label=label)
+        tab.locator(".row").first.click()
+        names = tab.locator(".facts dt").all_text_contents()
+        assert {name.split(":")[0] for name in names if name.startswith(("reward:", "dealt:"))} == heads
+        assert ("by the placebo" in tab.locator("main").inner_text()) == (heads == {"dealt"})
 
 
 def test_rollouts_are_sorted_by_credit_and_return(open_page, tmp_path):

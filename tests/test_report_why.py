@@ -279,6 +279,18 @@ def test_a_group_without_difference_says_so():
     )
 
 
+def test_a_placebos_rewards_are_called_dealt_and_the_advantage_is_split_as_ever():
+    lines, config = two_turns([1.0, 0.0], [2.0, 0.0], [(1.0, 1.0), (-1.0, -1.0)], estimator="grpo-mr")
+    plain = reasons(lines, config)
+    dealt = reasons(lines, {**config, "placebo": "rollouts"})
+    for own, other in zip(plain, dealt, strict=True):
+        assert [said.rsplit("\n", 1)[0] for said in own] == [said.rsplit("\n", 1)[0] for said in other]
+    assert "Paid here: " in plain[0][0]
+    assert dealt[0][0].rsplit("\n", 1)[1].startswith("Dealt to this turn by the placebo, whatever it did: ")
+    assert dealt[1][0].rsplit("\n", 1)[1] == "The placebo dealt nothing to this turn."
+    assert not any("aid here" in said or "Not paid" in said for turns in dealt for said in turns)
+
+
 def test_rollouts_without_credit_and_unknown_methods_say_so():
     lines, config = two_turns([1.0, 0.0], [2.0, 0.0], [(0.1, 0.2), (0.3, 0.4)], estimator="own")
     lines[1] = dataclasses.replace(lines[1], advantages=None)

@@ -42,6 +42,7 @@ from turnwise.search.corpus import Article
 from turnwise.tasks import load_tasks
 from turnwise.templates import Template, read_template
 from turnwise.traces import read_traces, traces_table
+from turnwise.trackers import _saved_id
 from turnwise.training import resumed_config
 
 STATE = {"best": 0.5, "wall_s": 1.0, "validation": {}}
@@ -86,18 +87,19 @@ def refused(call: Callable[[], Any], match: str = "") -> None:
     assert "\n" not in str(caught.value)
 
 
-def read_or_refused(call: Callable[[], Any]) -> None:
-    """Whatever a call makes of a damaged file, an error is ours and one line."""
+def read_or_refused(call: Callable[[], Any]) -> bool:
+    """Whether a call says nothing against a file; where it raises, the error is ours and one line."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             call()
     except TurnwiseError as error:
         said = str(error)
     else:
-        return
+        return not warned
     assert "\n" not in said
     assert len(said) < 2000
+    return False
 
 
 # --- models -----------------------------------------------------------------------------------------
@@ -252,6 +254,8 @@ def test_a_template_that_never_ends_is_not_waited_for_where_it_is_compiled(
     monkeypatch.setattr(rendering, "SECONDS", 0.5)
     (tmp_path / "chat_template.jinja").write_text("{{ 7 ** (7 ** 12) }}")  # constants are computed at once
     refused(lambda: read_template(tmp_path), "must be Jinja2")
+    (tmp_path / "chat_template.jinja").write_text("{{ 7 ** 2 }}")
+    assert read_template(tmp_path)
 
 
 # --- links ------------------------------------------------------------------------------------------
@@ -279,12 +283,10 @@ def run(whole_run: Path, tmp_path: Path) -> Path:
 
 
 def opened(run: Path) -> None:
-    """Everything that reads a run."""
-    load_run(run)
-    run_config(run)
-    resumed_config(TrainConfig(out=run))
-    run_policy(run)
-    run_policy(run, "last")
+    """Everything that reads a run finds what is in it."""
+    assert load_run(run).rollouts
+    assert run_config(run).estimator == resumed_config(TrainConfig(out=run)).estimator == "mt-grpo"
+    assert run_policy(run)[0].context == run_policy(run, "last")[0].context
 
 
 LINKED = [
@@ -340,6 +342,7 @@ def test_a_pipe_in_a_run_is_not_waited_for(run: Path, name: str):
     os.mkfifo(run / name)
     for read in (load_run, run_config, run_policy):
         refused(lambda read=read: read(run), "is a pipe or a device")
+    assert (run / name).is_fifo()
 
 
 def test_removing_and_replacing_never_reach_through_a_link(run: Path, tiny: Any, tmp_path: Path):
@@ -387,7 +390,6 @@ FILES = [
     "rollouts.jsonl",
     "eval-x.json",
     "record.json",
-    "tracker.json",
     "checkpoints/step-000002/state.json",
     "checkpoints/step-000002/SHA256SUMS",
     "best/SHA256SUMS",
@@ -408,10 +410,21 @@ def test_damaged_files_of_a_run_are_one_line_each(run: Path, name: str, tmp_path
             lambda: traces_table(read_traces(run / "rollouts.jsonl")),
             lambda: cut_lines(run / "metrics.jsonl", after_step=9),
         ]
+    taken = []
     for content in CONTENTS:
         for read in reads:
             (run / name).write_bytes(content + b"\n")
-            read_or_refused(read)
+            taken.append(read_or_refused(read))
+    assert len(taken) == len(CONTENTS) * len(reads)
+    assert not all(taken), "none of it was found damaged"
+
+
+def test_a_damaged_id_of_a_tracker_begins_a_new_run_there(run: Path):
+    (run / "tracker.json").write_text('{"id": "abc"}')
+    assert _saved_id(run / "tracker.json") == "abc"
+    for content in CONTENTS:
+        (run / "tracker.json").write_bytes(content)
+        assert _saved_id(run / "tracker.json") is None
 
 
 def hostile_numbers() -> list[str]:
@@ -429,6 +442,7 @@ def places(value: Any) -> list[list[Any]]:
 
 def test_a_rollout_with_any_value_replaced_is_read_or_refused(run: Path):
     line = (run / "rollouts.jsonl").read_text().splitlines()[0]
+    taken = []
     for way in places(json.loads(line)):
         for number in hostile_numbers():
             record = json.loads(line)
@@ -439,8 +453,10 @@ def test_a_rollout_with_any_value_replaced_is_read_or_refused(run: Path):
                 inner = inner[step]
             inner[way[-1]] = "HERE"
             (run / "rollouts.jsonl").write_text(json.dumps(record).replace('"HERE"', number) + "\n" + line + "\n")
-            read_or_refused(lambda: load_run(run))
-            read_or_refused(lambda: traces_table(read_traces(run / "rollouts.jsonl")))
+            taken.append(read_or_refused(lambda: load_run(run)))
+            taken.append(read_or_refused(lambda: traces_table(read_traces(run / "rollouts.jsonl"))))
+    assert len(taken) > 100
+    assert not all(taken), "no value was refused"
 
 
 # --- size -------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def _unpaid_truncation(history: History) -> str | None:
     return (
         f"truncation takes the rewards: {share:.0%} of the rollouts of the last {FEW} steps were cut off by a budget "
         "and their outcome paid nothing, so length is punished and not what was done; raise --max-turn-tokens or "
-        "--max-turns, or pay turns (turn rewards with mt-grpo, turn-rloo or mt-ppo)"
+        "--max-turns, or let turns pay, by rewards and a method of turns (mt-grpo, turn-rloo or mt-ppo)"
     )
 
 
@@ -103,8 +103,8 @@ def _abandoned_tool(history: History) -> str | None:
         return None
     return (
         f"the tool is being abandoned: {means[-1]:.0%} of the rollouts of the last {FEW} steps executed it, "
-        f"{max(means):.0%} at best; pay its turns (turn rewards, with mt-grpo, turn-rloo or mt-ppo), or lower "
-        "--learning-rate"
+        f"{max(means):.0%} at best; let its turns pay (--reward-weights: rewards of turns up, prices of searches and "
+        "formats down), take a method of turns if this is none (mt-grpo, turn-rloo or mt-ppo), or lower --learning-rate"
     )
 
 
@@ -216,8 +216,8 @@ def _flipped_signs(history: History) -> str | None:
         return None
     return (
         f"credit contradicts turn rewards: {share:.0%} of the turns of the last {FEW} steps that earned more or less "
-        "than others at their place have an advantage of the opposite sign; take a method of turns (--estimator "
-        "mt-grpo, turn-rloo or mt-ppo), or rewards of turns that serve the outcome"
+        "than others at their place have an advantage of the opposite sign; take a method of turns if this is none "
+        "(--estimator mt-grpo, turn-rloo or mt-ppo), or rewards of turns that serve the outcome"
     )
 
 

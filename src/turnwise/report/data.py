@@ -194,7 +194,8 @@ def _config(path: Path) -> Mapping[str, Any]:
 def _arm(path: Path) -> str | None:
     """The arm of a comparison that the run is one of, if it is and is finished."""
     record = path / "record.json"
-    return _json_file(record).get("arm") if record.is_file() else None
+    arm = _json_file(record).get("arm") if record.is_file() else None
+    return arm if isinstance(arm, str) else None
 
 
 def _json_file(path: Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ text from a rollout could run.
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from turnwise.errors import InputError, RunError
 from turnwise.report import curves
@@ -30,9 +31,12 @@ from turnwise.report.tables import (
     table_notes,
 )
 from turnwise.report.text import embedded_json, escaped, one_line
+from turnwise.report.why import worded
 
 SCRIPTS = ("elements.js", "charts.js", "rollout.js", "group.js", "browser.js")
 """The page's script in its order."""
+OF_A_RUN = ("estimator", "out", "seed", "threads")
+"""The options that say nothing of how arms differ."""
 METHODS = {
     "grpo-or": "is paid for the outcome alone. Every turn gets the same advantage.",
     "grpo-mr": "adds the turns’ rewards to the outcome. Every turn still gets the same advantage.",
@@ -101,12 +105,27 @@ def _count(n: int, noun: str) -> str:
 
 
 def _methods(runs: Sequence[Run]) -> str:
+    configs = {run.estimator: run.config for run in reversed(runs)}
     items = "".join(
         f"<div><dt>{curves.swatch(style)}{escaped(estimator_title(name))}</dt>"
-        f"<dd>{METHODS.get(name, 'is described in the documentation of its estimator.')}</dd></div>"
+        f"<dd>{escaped(_method(name, configs))}</dd></div>"
         for name, style in curves.styles(runs).items()
     )
     return f'<dl class="methods">{items}</dl>'
+
+
+def _method(name: str, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a method does; of an arm of a comparison, its estimator and the options in which the arms differ."""
+    config = configs[name]
+    estimator = str(config.get("estimator", name))
+    does = METHODS.get(estimator, "is described in docs/credit.md.")
+    said = does if estimator == name else f"is {estimator_title(estimator)}, which {does}"
+    options = [o for o in config if o not in OF_A_RUN and len({repr(c.get(o)) for c in configs.values()}) > 1]
+    if options:
+        said += f" With {', '.join(f'{worded(option)} {config[option]}' for option in options)}."
+    if config.get("placebo"):
+        said += " Its turn rewards are dealt out anew: what the page shows as dealt is what it learned from."
+    return one_line(said)
 
 
 def _tables(rows: Sequence[Row], styles: dict[str, int]) -> str:

@@ -63,12 +63,13 @@ const turnView = (rollout, k, golds) => {
   const turn = rollout.turns[k];
   const last = k === rollout.turns.length - 1;
   const flips = rollout.flips || {};
+  const dealt = runOf(rollout).placebo;
   const opposed = [
     (flips.outcome || []).includes(k) ? "The outcome points the other way." : "",
-    (flips.own || []).includes(k) ? "Its own reward points the other way." : "",
+    (flips.own || []).includes(k) ? `${dealt ? "The reward dealt to it" : "Its own reward"} points the other way.` : "",
   ].filter(Boolean);
   const rows = [
-    ...pairs("reward: ", turn.paid),
+    ...pairs(dealt ? "dealt: " : "reward: ", turn.paid),
     ...(last ? pairs("outcome: ", rollout.paid) : []),
     ["return from here on", number(turn.return)],
     ...pairs("baseline: ", turn.bases),

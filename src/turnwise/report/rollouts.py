@@ -116,8 +116,8 @@ class _Writer:
             return
         method = estimator_title(run.estimator)
         title = f"{method}, seed {run.seed}"
-        self.runs.append({name: self.text(said) for name, said in
-                          (("title", title), ("name", run.name), ("method", method))})  # fmt: skip
+        texts = {name: self.text(said) for name, said in (("title", title), ("name", run.name), ("method", method))}
+        self.runs.append(_present(**texts, placebo=bool(run.config.get("placebo"))))
         pieces = _remembered(token_pieces(run.path))
         for group, why in _groups(run, lines):
             first = group[0]

@@ -43,15 +43,16 @@ def return_from(line: RolloutLine, turn: int = 0) -> float:
 
 def reasons(lines: Sequence[RolloutLine], config: Mapping[str, Any]) -> list[list[str]]:
     """A text for every turn of rollouts of one step; `config` is the run's."""
-    method = str(config.get("estimator"))
+    method, placebo = str(config.get("estimator")), config.get("placebo")
     groups: dict[Any, list[RolloutLine]] = {}
     for line in lines:
         groups.setdefault(line.group, []).append(line)
+
+    def what_was_paid(line: RolloutLine, turn: int) -> str:
+        return _dealt(line, turn) if placebo else _paid(line, turn, groups[line.group], method)
+
     return [
-        [
-            f"{_number_said(line, k, split, method)}\n{_paid(line, k, groups[line.group], method)}"
-            for k in range(len(line.rollout.turns))
-        ]
+        [f"{_number_said(line, k, split, method)}\n{what_was_paid(line, k)}" for k in range(len(line.rollout.turns))]
         for line, split in zip(lines, splits(lines, config), strict=True)
     ]
 
@@ -144,6 +145,12 @@ def _paid(line: RolloutLine, turn: int, group: Sequence[RolloutLine], method: st
     return (
         f"{text} Turn rewards do not count under {method}." if method in OUTCOME_ALONE and any(own.values()) else text
     )
+
+
+def _dealt(line: RolloutLine, turn: int) -> str:
+    """What a placebo gave the turn, which says nothing of what it did."""
+    said = _listing("Dealt to this turn by the placebo, whatever it did", components(line, turn))
+    return f"{said or 'The placebo dealt nothing to this turn'}."
 
 
 def _listing(head: str, rewards: Mapping[str, float]) -> str:
