@@ -3,11 +3,13 @@
     python experiments/trivia.py trivia --seeds 3
 
 The folder has `train.jsonl`, `validation.jsonl` and `wikipedia.jsonl.gz`, as `turnwise convert` makes them. First the
-embedded policy is shown every training question with a call that asks it as it stands: its copying is learned from the
-atlas's names and breaks off in other people's English (docs/trivia.md). Then MT-GRPO trains it, paid for turn 1 alone.
+embedded policy is shown every training question, and as many pieces of passages, each with a call that asks it as it
+stands: its copying is learned from the atlas's names and breaks off in other people's English (docs/trivia.md). Then
+MT-GRPO trains it, paid for turn 1 alone.
 """
 
 import argparse
+import gzip
 import json
 import random
 from pathlib import Path
@@ -20,24 +22,42 @@ from turnwise.types import ToolResult
 from turnwise.warmup import CALL_THOUGHTS, READ_THOUGHTS
 
 
-def write_demonstrations(questions: Path, corpus: str, out: Path) -> None:
-    """A demonstration of each question: a search for it as it stands.
+SPANS = 4000
+"""Pieces of passages that are copied, beside 3,970 questions."""
 
-    Every fourth goes on to an answer, so that answering is not forgotten: an accepted one where the result has it, else
-    the title of what was found.
+
+def write_demonstrations(questions: Path, corpus: str, out: Path) -> None:
+    """Demonstrations of a search for a text as it stands: of each question, and of `SPANS` pieces of passages.
+
+    Every fourth question goes on to an answer, so that answering is not forgotten: an accepted one where the result has
+    it, else the title of what was found.
     """
     rng, search = random.Random(0), search_tool(open_index(corpus), cap=600)
+    demonstrations = []
+    for number, task in enumerate(load_tasks(questions)):
+        turns = [_call(task.question, rng)]
+        if number % 4 == 0:
+            found = str(search.function(task.question))
+            value = next((answer for answer in task.answers if answer in found), found.partition("\n")[0])
+            thought = f"<reasoning>\n{READ_THOUGHTS[0]}\n</reasoning>"
+            turns += [result_text(ToolResult(text=found)), f"{thought}\n<answer>\n{value}\n</answer>"]
+        demonstrations.append({"question": task.question, "turns": turns})
+    with gzip.open(corpus, "rt", encoding="utf-8") as file:
+        passages = [json.loads(line)["text"].split() for line in file]
+    for words in rng.sample(passages, SPANS):
+        size = rng.randint(8, 30)
+        begin = rng.randrange(max(1, len(words) - size))
+        span = " ".join(words[begin : begin + size])
+        demonstrations.append({"question": span, "turns": [_call(span, rng)]})
+    rng.shuffle(demonstrations)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
-        for number, task in enumerate(load_tasks(questions)):
-            call = json.dumps({"name": "search", "args": {"query": task.question}}, ensure_ascii=False)
-            turns = [f"<reasoning>\n{rng.choice(CALL_THOUGHTS)}\n</reasoning>\n<tool>\n{call}\n</tool>"]
-            if number % 4 == 0:
-                found = str(search.function(task.question))
-                value = next((answer for answer in task.answers if answer in found), found.partition("\n")[0])
-                thought = f"<reasoning>\n{READ_THOUGHTS[0]}\n</reasoning>"
-                turns += [result_text(ToolResult(text=found)), f"{thought}\n<answer>\n{value}\n</answer>"]
-            file.write(json.dumps({"question": task.question, "turns": turns}, ensure_ascii=False) + "\n")
+    lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in demonstrations)
+    out.write_text("".join(lines), encoding="utf-8")
+
+
+def _call(query: str, rng: random.Random) -> str:
+    call = json.dumps({"name": "search", "args": {"query": query}}, ensure_ascii=False)
+    return f"<reasoning>\n{rng.choice(CALL_THOUGHTS)}\n</reasoning>\n<tool>\n{call}\n</tool>"
 
 
 def main() -> None:
@@ -55,7 +75,7 @@ def main() -> None:
         start, name, shown = "runs/trivia-start", "trivia", runs / "trivia-demonstrations.jsonl"
         if not (runs / "trivia-start" / "config.json").is_file():
             write_demonstrations(folder / "train.jsonl", corpus, shown)
-            taught = f"--corpus {corpus} --epochs 4 --rows 16 --learning-rate 1e-3"
+            taught = f"--corpus {corpus} --epochs 5 --rows 16 --learning-rate 1e-3"
             turnwise(["warmup", "--demonstrations", str(shown), *taught.split(), "--out", start])
     train = {
         "policy": start,

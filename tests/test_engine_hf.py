@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from families import EACH_FAMILY, VOCAB, tiny
 from turnwise.engine import Completion, Sampling
+from turnwise.engines import hf
+from turnwise.engines.attention import SHARING, Beginnings
 from turnwise.engines.hf import HFEngine
 from turnwise.engines.sampling import drawn_tokens
 from turnwise.errors import ConfigError, InputError
@@ -395,6 +397,95 @@ def test_a_fork_needs_a_new_session_and_leaves_nothing_behind():
     asyncio.run(scene())
     assert not engine._parents
     engine.refresh(1)
+
+
+# ---- rows that begin alike ----
+
+
+def grouped_turns(engine: HFEngine, sizes: Sequence[int]) -> list[tuple[list[int], Completion]]:
+    """Two turns of groups of such `sizes`, one prompt each; lengths and replies are each rollout's own."""
+
+    async def rollout(group: int, number: int) -> list[tuple[list[int], Completion]]:
+        prompt = prompts(1, seed=group, low=12 + group)[0]
+        first = await engine.generate(prompt, Sampling(max_tokens=4 + number, seed=number), session=(group, number))
+        later = [*prompt, *first.token_ids, *prompts(1, seed=50 + number, high=9)[0]]
+        second = await engine.generate(later, Sampling(max_tokens=5, seed=number), session=(group, number))
+        engine.release((group, number))
+        return [(prompt, first), (later, second)]
+
+    async def everything() -> list[list[tuple[list[int], Completion]]]:
+        return await asyncio.gather(*(rollout(group, i) for group, size in enumerate(sizes) for i in range(size)))
+
+    return [turn for history in asyncio.run(asyncio.wait_for(everything(), 60)) for turn in history]
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Beginnings of 8 tokens are shared from now on; the list gets families and rows of every step that does it."""
+    found = []
+
+    def counted(self: HFEngine, active: np.ndarray, count: int) -> Beginnings | None:
+        beginnings = plain(self, active, count)
+        if beginnings is not None:
+            assert beginnings.length >= 8
+            found.append((len(beginnings.row), len(active)))
+        return beginnings
+
+    plain = HFEngine._beginnings
+    monkeypatch.setattr(hf, "SHARED_TOKENS", 8)
+    monkeypatch.setattr(HFEngine, "_beginnings", counted)
+    return found
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_what_rows_begin_with_is_read_once_and_comes_to_the_same(family: str, shared: list):
+    model = tiny(family)
+    engine = HFEngine(model, stop_ids=(), max_context=64)
+    for prompt, completion in grouped_turns(engine, [5, 3, 4]):
+        assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-6)
+    # All twelve rows, and what is left of them later; models that know no sdpa read every row as before.
+    knows = model.config._attn_implementation == SHARING
+    assert ((3, 12) in shared, any(rows < 12 for _, rows in shared)) == (knows, knows)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forks_begin_as_their_parent_does(way: str, shared: list):
+    model = tiny(dtype=torch.float32)
+    engine = HFEngine(model, stop_ids=(), max_context=64, max_rows=5)
+    for prompt, completion in forked_turns(engine, replies=REPLIES["different"], **WAYS[way]):
+        assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-5)
+    assert any(families < rows for families, rows in shared) == (way != "after the parent was evicted")
+
+
+def test_a_row_whose_beginning_changes_leaves_its_family(shared: list):
+    model = tiny()
+    engine = HFEngine(model, stop_ids=(), max_context=64)
+    start = prompts(1, low=14)[0]
+    changed = [*start[:5], 9, *start[6:]]
+
+    async def rollout(session: int, second: list[int]) -> list[tuple[list[int], Completion]]:
+        first = await engine.generate(start, Sampling(max_tokens=3, seed=session), session=session)
+        again = await engine.generate(second, Sampling(max_tokens=4, seed=session), session=session)
+        return [(start, first), (second, again)]
+
+    async def everything() -> list[list[tuple[list[int], Completion]]]:
+        return await asyncio.gather(*(rollout(i, changed if i == 2 else [*start, 7]) for i in range(4)))
+
+    for history in asyncio.run(asyncio.wait_for(everything(), 60)):
+        for prompt, completion in history:
+            assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-9)
+    assert {(1, 4), (2, 4)} <= set(shared)
+
+
+def test_short_beginnings_single_rows_and_half_numbers_are_read_as_before(shared: list):
+    generate_all(HFEngine(tiny(), stop_ids=(), max_context=64), [([1, 2, 3], Sampling(max_tokens=4, seed=0))] * 4)
+    each = [(prompt, Sampling(max_tokens=4, seed=0)) for prompt in prompts(4, low=10)]
+    generate_all(HFEngine(tiny(), stop_ids=(), max_context=64), each)
+    alike = [(prompts(1, low=10)[0], Sampling(max_tokens=4, seed=0))] * 4
+    generate_all(HFEngine(tiny(dtype=torch.bfloat16), stop_ids=(), max_context=64), alike)
+    assert not shared
+    generate_all(HFEngine(tiny(), stop_ids=(), max_context=64), alike)
+    assert shared == [(1, 4)] * 3
 
 
 # ---- rows ----

@@ -32,7 +32,7 @@ from turnwise.devices import (
     set_computation,
     weight_dtypes,
 )
-from turnwise.engines.attention import attention_masks, sliding_layers
+from turnwise.engines.attention import attention_masks, shares_beginnings, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.hf import PREFILL_TOKENS
 from turnwise.errors import ConfigError
@@ -307,6 +307,7 @@ def _update_bytes(
 def _feed_bytes(fake: PreTrainedModel, rows: int, tokens: int, length: int) -> int:
     """What feeding the last `tokens` of `rows` conversations of a length takes in the engine, beside the cache."""
     rows = max(1, min(rows, PREFILL_TOKENS // tokens))
+    shares_beginnings(fake)
     cache = RowCache(sliding_layers(fake))
     cache.reserve(rows, length, max_rows=rows, max_length=length)
     positions = torch.arange(length - tokens, length).expand(rows, tokens)
@@ -315,7 +316,7 @@ def _feed_bytes(fake: PreTrainedModel, rows: int, tokens: int, length: int) -> i
 
     def feed() -> None:
         cache.aim(write=write, source=None, read=slice(0, rows), read_length=length)
-        masks = attention_masks(fake, positions[:, :, None] - torch.arange(length))
+        masks = attention_masks(fake, positions, torch.arange(length)[None])
         decoder(
             input_ids=positions, attention_mask=masks, position_ids=positions, past_key_values=cache, use_cache=True
         )

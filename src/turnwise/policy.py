@@ -315,7 +315,7 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
         positions = start[:, None] + steps
         own = positions.masked_fill(steps >= level.lengths[:, None], -1)
         full, near = torch.cat([full.expand(len(own), -1), own], 1), torch.cat([near.expand(len(own), -1), own], 1)
-        masks = attention_masks(model, _distance(positions, full), _distance(positions, near))
+        masks = attention_masks(model, positions, full, near)
         with computing(model), recomputing(model):
             states = decoder(
                 input_ids=level.ids,
@@ -329,11 +329,6 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
         before = states[torch.arange(len(states), device=device), level.lengths - 1][:, None]
         start = start + level.lengths
     return torch.cat(found)
-
-
-def _distance(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """How far before each query each key stands, (N, T, S); -1 for padding."""
-    return (queries[:, :, None] - keys[:, None, :]).masked_fill(keys[:, None, :] < 0, -1)
 
 
 def token_logprobs(

@@ -1,9 +1,17 @@
-"""Attention masks for models whose layers may differ in how far back they see."""
+"""Attention: masks for layers that differ in how far back they see, and what rows with one beginning read once."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from turnwise.devices import compute_dtype
+
+SHARING = "turnwise"
+"""The name under which transformers knows `sharing_attention`: sdpa in all else."""
 
 ALL_SLIDING = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2")
 """The kinds of model whose configurations name no layers: where they have a window, every layer has it."""
@@ -19,24 +27,106 @@ def sliding_layers(model: PreTrainedModel) -> frozenset[int]:
 
 
 def attention_masks(
-    model: PreTrainedModel, distance: torch.Tensor, near: torch.Tensor | None = None
+    model: PreTrainedModel, queries: torch.Tensor, keys: torch.Tensor, near: torch.Tensor | None = None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """What `transformers` takes as attention mask: additive (B, 1, T, S), one for each kind of layer of the model.
 
-    `distance` (B, T, S) says how many tokens before a query each key stands; a negative one cannot be seen. Layers with
-    sliding attention see distances below `sliding_window`; `near` holds theirs where they are given other keys.
+    `queries` (B, T) and `keys` (B, S) are the positions of both; -1 is a key that nobody sees. A query sees keys up to
+    its own position, and in layers with sliding attention the last `sliding_window` of them. `near` are the keys of
+    those layers where they are given others.
     """
     dtype = compute_dtype(model)
+    seen = _seen(queries, keys)
     if not sliding_layers(model):
-        return _additive(distance >= 0, dtype)
-    near = distance if near is None else near
-    sliding = _additive((near >= 0) & (near < model.config.sliding_window), dtype)
+        return _additive(seen, dtype)
+    beyond = (queries - model.config.sliding_window)[:, :, None]
+    sliding = _additive(
+        seen & (keys[:, None] > beyond) if near is None else _seen(queries, near) & (near[:, None] > beyond), dtype
+    )
     if getattr(model.config, "layer_types", None) is None:
         return sliding
-    return {"full_attention": _additive(distance >= 0, dtype), "sliding_attention": sliding}
+    return {"full_attention": _additive(seen, dtype), "sliding_attention": sliding}
+
+
+def _seen(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    never = torch.iinfo(keys.dtype).max
+    return keys.masked_fill(keys < 0, never)[:, None] <= queries[:, :, None]
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """0 where visible, else the most negative number that is one in float32 too, where some models take the softmax."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, max(torch.finfo(dtype).min, torch.finfo(torch.float32).min))[:, None]
+    hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    zero, least = torch.tensor((0.0, hidden), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, least)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Beginnings:
+    """Which rows of a batch begin alike, each family of them with the same keys and values."""
+
+    length: int
+    """Tokens that the rows of every family have in common."""
+    row: torch.Tensor
+    """A row of each family, [F]."""
+    members: torch.Tensor
+    """The rows of each family, [F, n]; the shorter ones repeat one."""
+    place: torch.Tensor
+    """Where each row of the batch stands in the flattened `members`, [B]; anywhere where nobody looks at it."""
+
+
+def shares_beginnings(model: PreTrainedModel) -> bool:
+    """Makes the model's attention heed `Beginnings`, where it is sdpa; whether it does, and in numbers fit for that.
+
+    On a processor alone: what torch has for a GPU is faster than these products, or has not been measured against them.
+    """
+    if model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = SHARING
+    exact = compute_dtype(model) in (torch.float32, torch.float64)
+    return model.config._attn_implementation == SHARING and exact and model.device.type == "cpu"
+
+
+def sharing_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of `query` [B, H, T, D] to `key` and `value` [B, K, S, D], which is [B, T, H, D].
+
+    Where the keys say so (`beginnings`), T is 1, and the beginning of a family is read once: the queries of its rows are
+    those of one product with it. One softmax goes over beginning and rest. Otherwise this is sdpa; on a processor it
+    need not repeat keys for the heads that share them.
+    """
+    beginnings: Beginnings | None = getattr(key, "beginnings", None)
+    if beginnings is None:
+        if query.shape[2] == 1 or query.device.type != "cpu" or torch.is_grad_enabled() or attention_mask is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=options.get("scaling"), enable_gqa=True
+        )
+        return attended.transpose(1, 2).contiguous(), None
+    assert attention_mask is not None
+    size, place = beginnings.length, beginnings.place
+    (families, n), (rows, heads, _, width) = beginnings.members.shape, query.shape
+    per_key = heads // key.shape[1]
+    scaling = options.get("scaling")
+    queries = query.reshape(rows, -1, per_key, width) * (width**-0.5 if scaling is None else scaling)
+
+    def by_family(states: torch.Tensor) -> torch.Tensor:  # [B, K, G, X] to [F, K, n G, X]
+        return states[beginnings.members].transpose(1, 2).flatten(2, 3)
+
+    def by_row(states: torch.Tensor) -> torch.Tensor:  # and back
+        return states.unflatten(2, (n, per_key)).transpose(1, 2).flatten(0, 1)[place]
+
+    begun, own = key[beginnings.row, :, :size], key[:, :, size:]
+    scores = torch.cat((by_row(by_family(queries) @ begun.mT), queries @ own.mT + attention_mask[..., size:]), -1)
+    weights = scores.softmax(-1)
+    attended = by_row(by_family(weights[..., :size]) @ value[beginnings.row, :, :size])
+    attended = attended + weights[..., size:] @ value[:, :, size:]
+    return attended.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(SHARING, sharing_attention)
+AttentionMaskInterface.register(SHARING, sdpa_mask)

@@ -3,6 +3,8 @@
 import torch
 from transformers import Cache
 
+from turnwise.engines.attention import Beginnings
+
 SMALLEST_LENGTH = 64
 
 
@@ -23,16 +25,15 @@ class RowCache(Cache):
         self.length = 0
 
     def reserve(self, rows: int, length: int, *, max_rows: int, max_length: int) -> None:
-        """Room for `rows` sequences of `length`; both grow by a quarter at least, up to their maximum."""
+        """Room for `rows` sequences of `length`; both grow by half at least, up to their maximum."""
         if rows > self.num_rows:
-            self.num_rows = min(max(rows, 5 * self.num_rows // 4), max_rows)
+            self.num_rows = min(max(rows, 3 * self.num_rows // 2), max_rows)
         if length > self.length:
-            self.length = min(max(length, 5 * self.length // 4, SMALLEST_LENGTH), max_length)
+            self.length = min(max(length, 3 * self.length // 2, SMALLEST_LENGTH), max_length)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 if old.shape[0] < self.num_rows or old.shape[2] < self.length:
-                    tensors[layer] = self._room(old)
-                    tensors[layer][: old.shape[0], :, : old.shape[2]] = old
+                    tensors[layer] = self._room(old, kept=old)
 
     def aim(
         self,
@@ -42,14 +43,17 @@ class RowCache(Cache):
         read: slice | torch.Tensor,
         read_length: int,
         near: tuple[torch.Tensor, torch.Tensor] | None = None,
+        beginnings: Beginnings | None = None,
     ) -> None:
         """Where the next forward pass writes and reads.
 
         `write`: row and position of each new token. `source`: which tokens of the flattened batch
         these are (None: all). `read`: the rows of the batch, a slice where they are adjacent.
         `near`: rows [B, 1] and positions [B, w] that sliding layers read, instead of all up to `read_length`.
+        `beginnings`: what the rows have in common, which the other layers' keys carry to their attention.
         """
         self._write, self._source, self._read, self._read_length, self._near = write, source, read, read_length, near
+        self._beginnings = beginnings
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -59,10 +63,10 @@ class RowCache(Cache):
             self.keys.append(self._room(key_states))
             self.values.append(self._room(value_states))
         near = self._near if layer_idx in self.sliding else None
-        return (
-            self._through(self.keys[layer_idx], key_states, near),
-            self._through(self.values[layer_idx], value_states, near),
-        )
+        keys = self._through(self.keys[layer_idx], key_states, near)
+        if layer_idx not in self.sliding:
+            vars(keys)["beginnings"] = self._beginnings
+        return keys, self._through(self.values[layer_idx], value_states, near)
 
     def move(self, target: torch.Tensor, source: torch.Tensor, length: int) -> None:
         """Copy the first `length` positions of rows `source` to rows `target`; they may overlap."""
@@ -90,6 +94,12 @@ class RowCache(Cache):
             return stored[rows, :, :length]
         return stored[:, :, :length].index_select(0, rows)
 
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
-        # Zeros, not empty: a masked position still enters a product, and 0 x NaN is NaN.
-        return like.new_zeros(self.num_rows, like.shape[1], self.length, like.shape[3])
+    def _room(self, like: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Zeros beside what is `kept`: a masked position still enters a product, and 0 x NaN is NaN."""
+        room = like.new_empty(self.num_rows, like.shape[1], self.length, like.shape[3])
+        rows, length = (0, 0) if kept is None else (kept.shape[0], kept.shape[2])
+        if kept is not None:
+            room[:rows, :, :length] = kept
+        room[:rows, :, length:] = 0
+        room[rows:] = 0
+        return room

@@ -29,7 +29,7 @@ from turnwise.engine import (
     fork_onto_session,
     not_finite_logits,
 )
-from turnwise.engines.attention import attention_masks, sliding_layers
+from turnwise.engines.attention import Beginnings, attention_masks, shares_beginnings, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.families import check_model, output_logits
 from turnwise.engines.sampling import drawn_tokens
@@ -39,6 +39,8 @@ PREFILL_TOKENS = 8192
 """Most tokens, padding included, of one prefill pass."""
 HOLE_STEPS = 16
 """Decode steps of one row that cost about as much as moving it: so long may a hole stay open."""
+SHARED_TOKENS = 256
+"""From how many on, a beginning that rows have in common is read once for all of them (`benchmarks/beginnings.py`)."""
 GRACE_S = 0.02
 """How long an engine with nothing to decode waits for a session to return before it evicts one."""
 
@@ -80,6 +82,8 @@ class _Rows:
         self.start = np.zeros(rows, np.int64)  # where the tokens of the present request begin
         self.end = np.zeros(rows, np.int64)  # and where its budget ends
         self.used = np.zeros(rows, np.int64)  # decode step of its last token
+        self.family = np.zeros(rows, np.int64)  # rows of one family begin with the same tokens,
+        self.shared = np.zeros(rows, np.int64)  # so many
         self.temperature = np.zeros(rows)
         self.request = np.full(rows, None, object)
         self.session = np.full(rows, None, object)
@@ -142,11 +146,13 @@ class HFEngine:
         self._draws_on = torch.device("cpu") if self._device.type == "mps" else self._device  # Apple has no float64
         self._vocab = model.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
         self._sliding = sliding_layers(model)
+        self._shares = shares_beginnings(model)
         self._is_stop = _stop_table(stop_ids, self._vocab)
         self._waiting: deque[_Request] = deque()
         self._sessions: dict[Hashable, _Request] = {}  # alive, with their latest request
         self._row_of: dict[Hashable, int] = {}
         self._parents: dict[Hashable, Hashable] = {}  # forks that have not asked yet, with the session they come from
+        self._families = 0
         self._hole_steps = 0
         self._driver: asyncio.Task[None] | None = None
         self._arrival: asyncio.Event | None = None
@@ -268,6 +274,8 @@ class HFEngine:
         rows.reserve(size + budget)
         cached = rows.tokens[row, : rows.length[row]]
         rows.length[row] = _common_prefix(cached, prompt[:-1])
+        if rows.length[row] < rows.shared[row] or not len(cached):
+            self._found_family(row, size)
         rows.tokens[row, :size] = prompt
         rows.start[row], rows.end[row] = size, size + budget
         rows.uniforms[row, size : size + budget] = _uniforms(sampling.seed, budget)
@@ -276,6 +284,10 @@ class HFEngine:
         rows.watched[row] = request.watch is not None
         rows.active[row] = rows.reserved[row] = True
         self._row_of[request.session] = row
+
+    def _found_family(self, row: int, length: int) -> None:
+        self._families += 1
+        self._rows.family[row], self._rows.shared[row] = self._families, length
 
     async def _make_room(self) -> None:
         """Nothing decodes, no row is free: wait a moment for a session to return or be released,
@@ -382,7 +394,11 @@ class HFEngine:
         self._reserve(int(target.max()) + 1, int(length.max()))
         if length.any():
             self._cache.move(self._tensor(target), self._tensor(source), int(length.max()))
-        self._rows.length[target] = length
+        rows = self._rows
+        rows.length[target] = length
+        joins = length >= rows.shared[source]
+        for array in (rows.family, rows.shared):
+            array[target[joins]] = array[source[joins]]
 
     @torch.inference_mode()
     def _decode(self) -> None:
@@ -401,10 +417,31 @@ class HFEngine:
             source=None,
             read=batch,
             read_length=int(length[active].max()) + 1,
+            beginnings=self._beginnings(active, count),
         )[:, 0]
         rows.length[active] += 1
         self.stats.decode_steps += 1
         self._draw(hidden if len(active) == count else hidden[self._tensor(active)], active)
+
+    def _beginnings(self, active: np.ndarray, count: int) -> Beginnings | None:
+        """What rows `active` of a batch of `count` begin with, family by family, where it pays to read that once."""
+        rows = self._rows
+        shared = int(rows.shared[active].min())
+        if not self._shares or shared < SHARED_TOKENS:
+            return None
+        _, first, family, sizes = np.unique(
+            rows.family[active], return_index=True, return_inverse=True, return_counts=True
+        )
+        most = int(sizes.max())
+        if 2 * len(sizes) > len(active) or len(sizes) * most > 2 * len(active):
+            return None
+        order = np.argsort(family, kind="stable")
+        number = np.arange(len(active)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        members = np.repeat(active[first][:, None], most, axis=1)
+        members[family[order], number] = active[order]
+        place = np.zeros(count, np.int64)
+        place[active[order]] = family[order] * most + number
+        return Beginnings(shared, self._tensor(active[first]), self._tensor(members), self._tensor(place))
 
     def _close_holes(self) -> None:
         """Swap rows from the end into the holes, once the holes have cost as much as that will."""
@@ -433,41 +470,44 @@ class HFEngine:
         source: np.ndarray | None,
         read: np.ndarray,
         read_length: int | None = None,
+        beginnings: Beginnings | None = None,
     ) -> torch.Tensor:
         """Hidden states [B, T, d] of `ids` [B, T] at `positions` [B, T] of cache rows `read`."""
         if read_length is None:
             read_length = int(positions.max()) + 1
         self._reserve(int(read.max()) + 1, int(positions.max()) + 1)
         first, adjacent = int(read[0]), bool((np.diff(read) == 1).all())
-        near = None
-        if self._sliding and ids.shape[1] == 1:
-            near = positions + np.arange(1 - min(self._model.config.sliding_window, read_length), 1)
+        near = self._near(positions, read, read_length)
         self._cache.aim(
             write=(self._tensor(write[0]), self._tensor(write[1])),
             source=None if source is None else self._tensor(source),
             read=slice(first, first + len(read)) if adjacent else self._tensor(read),
             read_length=read_length,
-            near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(min=0))),
+            near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(0, read_length - 1))),
+            beginnings=beginnings,
         )
         place = self._tensor(positions)
+        keys = torch.arange(read_length, device=self._device)[None]  # those of a row stand at its first places
+        masks = attention_masks(self._model, place, keys, None if near is None else self._tensor(near))
         with computing(self._model):
             return self._decoder(
                 input_ids=self._tensor(ids),
                 position_ids=place,
-                attention_mask=self._masks(place, read_length, None if near is None else self._tensor(near)),
+                attention_mask=masks,
                 past_key_values=self._cache,
                 use_cache=True,
             ).last_hidden_state
 
-    def _masks(
-        self, positions: torch.Tensor, length: int, near: torch.Tensor | None
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """A token at position p sees positions 0 to p, which stand at these places of its row."""
-        distance = positions[:, :, None] - torch.arange(length, device=positions.device)
-        if near is None:
-            return attention_masks(self._model, distance)
-        behind = (positions - near).masked_fill(near < 0, -1)[:, None]
-        return attention_masks(self._model, distance, behind)
+    def _near(self, positions: np.ndarray, read: np.ndarray, read_length: int) -> np.ndarray | None:
+        """The keys that sliding layers read of rows `read` for new tokens at `positions` [B, T]; None: all of a row's.
+
+        Of several tokens after short prompts it is all: to leave keys out changes how sums round, for less gain.
+        """
+        if not self._sliding:
+            return None
+        count, window = positions.shape[1], min(self._model.config.sliding_window, read_length)
+        short = self._rows.shared[read].min() < SHARED_TOKENS or window + count > read_length
+        return None if count > 1 and short else positions[:, :1] + np.arange(1 - window, count)
 
     def _draw(self, hidden: torch.Tensor, active: np.ndarray) -> None:
         """Draw the next token of rows `active` [B] from `hidden` [B, d]; answer what is done."""
