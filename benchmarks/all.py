@@ -27,7 +27,7 @@ Commands = Mapping[str, Sequence[Sequence[str]]]
 """The calls of each benchmark: a script's name and its options."""
 
 FULL: Commands = {
-    "step": [["trl_step.py", "--steps", "1"]],
+    "step": [["trl_step.py", "--steps", "1", "--tasks", "8", "--group-size", "12"]],
     "engine": [
         ["engine.py", "--groups", "4", "--group-size", "8", "--turns", "3", "--rounds", "1"],
         ["engine.py", "--groups", "4", "--group-size", "8", "--turns", "8", "--prompt-tokens", "400", "--rounds", "1"],
