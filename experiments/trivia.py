@@ -21,7 +21,6 @@ from turnwise.tasks import load_tasks
 from turnwise.types import ToolResult
 from turnwise.warmup import CALL_THOUGHTS, READ_THOUGHTS
 
-
 SPANS = 4000
 """Pieces of passages that are copied, beside 3,970 questions."""
 

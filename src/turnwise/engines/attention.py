@@ -95,9 +95,9 @@ def sharing_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` [B, H, T, D] to `key` and `value` [B, K, S, D], which is [B, T, H, D].
 
-    Where the keys say so (`beginnings`), T is 1, and the beginning of a family is read once: the queries of its rows are
-    those of one product with it. One softmax goes over beginning and rest. Otherwise this is sdpa; on a processor it
-    need not repeat keys for the heads that share them.
+    Where the keys say so (`beginnings`), T is 1, and the beginning of a family is read once: the queries of its rows
+    are those of one product with it. One softmax goes over beginning and rest. Otherwise this is sdpa, which on a
+    processor need not repeat keys for the heads that share them.
     """
     beginnings: Beginnings | None = getattr(key, "beginnings", None)
     if beginnings is None:
@@ -108,8 +108,8 @@ def sharing_attention(
         )
         return attended.transpose(1, 2).contiguous(), None
     assert attention_mask is not None
-    size, place = beginnings.length, beginnings.place
-    (families, n), (rows, heads, _, width) = beginnings.members.shape, query.shape
+    size = beginnings.length
+    rows, heads, _, width = query.shape
     per_key = heads // key.shape[1]
     scaling = options.get("scaling")
     queries = query.reshape(rows, -1, per_key, width) * (width**-0.5 if scaling is None else scaling)
@@ -118,7 +118,7 @@ def sharing_attention(
         return states[beginnings.members].transpose(1, 2).flatten(2, 3)
 
     def by_row(states: torch.Tensor) -> torch.Tensor:  # and back
-        return states.unflatten(2, (n, per_key)).transpose(1, 2).flatten(0, 1)[place]
+        return states.unflatten(2, (-1, per_key)).transpose(1, 2).flatten(0, 1)[beginnings.place]
 
     begun, own = key[beginnings.row, :, :size], key[:, :, size:]
     scores = torch.cat((by_row(by_family(queries) @ begun.mT), queries @ own.mT + attention_mask[..., size:]), -1)
