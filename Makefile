@@ -3,7 +3,7 @@
 # make test-trl    those of the adapter for TRL, with its newest and its oldest release (a part of test-slow)
 # make test-verl   those of the adapter for verl, training on this CPU included (a part of test-slow)
 # make test-skyrl  those of the adapter for SkyRL, with its own methods (a part of test-slow)
-# make bench       measure speed beside TRL, transformers, tantivy and bm25s: results/performance.json and .md, ten minutes
+# make bench       measure speed beside TRL, transformers, tantivy and bm25s: results/performance.json and .md, a quarter of an hour
 # make tables      write the tables of README.md and docs/ anew from results/
 # make check       lint, format, types, tests
 # make clean       remove what these targets made, the environment included

@@ -77,7 +77,7 @@ class Beginnings:
 def shares_beginnings(model: PreTrainedModel) -> bool:
     """Makes the model's attention heed `Beginnings`, where it is sdpa; whether it does, and in numbers fit for that.
 
-    On a processor alone: what torch has for a GPU is faster than these products, or has not been measured against them.
+    On a processor alone; on a GPU it has not been measured.
     """
     if model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = SHARING
