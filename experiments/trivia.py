@@ -3,8 +3,8 @@
     python experiments/trivia.py trivia --seeds 3
 
 The folder has `train.jsonl`, `validation.jsonl` and `wikipedia.jsonl.gz`, as `turnwise convert` makes them. First the
-embedded policy is shown every training question, and as many pieces of passages, each with a call that asks it as it
-stands: its copying is learned from the atlas's names and breaks off in other people's English (docs/trivia.md). Then
+embedded policy is shown every training question, and three times as many pieces of passages, each with a call that asks
+it as it stands: its copying is learned from the atlas's names and breaks off in other people's English (docs/trivia.md). Then
 MT-GRPO trains it, paid for turn 1 alone.
 """
 
@@ -21,7 +21,7 @@ from turnwise.tasks import load_tasks
 from turnwise.types import ToolResult
 from turnwise.warmup import CALL_THOUGHTS, READ_THOUGHTS
 
-SPANS = 4000
+SPANS = 12000
 """Pieces of passages that are copied, beside 3,970 questions."""
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         start, name, shown = "runs/trivia-start", "trivia", runs / "trivia-demonstrations.jsonl"
         if not (runs / "trivia-start" / "config.json").is_file():
             write_demonstrations(folder / "train.jsonl", corpus, shown)
-            taught = f"--corpus {corpus} --epochs 5 --rows 16 --learning-rate 1e-3"
+            taught = f"--corpus {corpus} --epochs 4 --rows 16 --learning-rate 1e-3"
             turnwise(["warmup", "--demonstrations", str(shown), *taught.split(), "--out", start])
     train = {
         "policy": start,
@@ -85,6 +85,7 @@ def main() -> None:
         "tasks-per-step": "8",
         "group-size": "12",
         "max-turn-tokens": "160",
+        "learning-rate": "2e-4",
         "steps": str(options.steps),
     }
     how = ["--name", name, "--estimators", "mt-grpo", "--seeds", str(options.seeds), "--jobs", str(options.jobs)]
