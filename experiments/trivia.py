@@ -4,8 +4,8 @@
 
 The folder has `train.jsonl`, `validation.jsonl` and `wikipedia.jsonl.gz`, as `turnwise convert` makes them. First the
 embedded policy is shown every training question, and three times as many pieces of passages, each with a call that asks
-it as it stands: its copying is learned from the atlas's names and breaks off in other people's English (docs/trivia.md). Then
-MT-GRPO trains it, paid for turn 1 alone.
+it as it stands: its copying is learned from the atlas's names and breaks off in other people's English
+(docs/trivia.md). Then MT-GRPO trains it, paid for turn 1 alone.
 """
 
 import argparse
