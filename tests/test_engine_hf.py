@@ -2,6 +2,7 @@ import asyncio
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -486,6 +487,24 @@ def test_short_beginnings_single_rows_and_half_numbers_are_read_as_before(shared
     assert not shared
     generate_all(HFEngine(tiny(), stop_ids=(), max_context=64), alike)
     assert shared == [(1, 4)] * 3
+
+
+def test_a_model_that_an_engine_has_used_computes_trains_and_is_saved_as_before(tmp_path: Path):
+    fresh, used = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
+    assert HFEngine(used, stop_ids=(), max_context=64)._shares
+    ids = torch.tensor([[1, 2, 3, 4], [0, 0, 5, 6]])
+    padded = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    for model in (fresh, used):
+        model(**padded).logits[:, -1].square().mean().backward()
+    for before, after in zip(fresh.parameters(), used.parameters(), strict=True):
+        assert torch.equal(before.grad, after.grad)
+    with torch.no_grad():
+        assert torch.equal(fresh(**padded).logits[:, -1], used(**padded).logits[:, -1])
+    greedy = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(fresh.generate(**padded, **greedy), used.generate(**padded, **greedy))
+    for name, model in (("fresh", fresh), ("used", used)):
+        model.save_pretrained(tmp_path / name)
+    assert (tmp_path / "used/config.json").read_bytes() == (tmp_path / "fresh/config.json").read_bytes()
 
 
 # ---- rows ----

@@ -75,14 +75,14 @@ class Beginnings:
 
 
 def shares_beginnings(model: PreTrainedModel) -> bool:
-    """Makes the model's attention heed `Beginnings`, where it is sdpa; whether it does, and in numbers fit for that.
+    """Makes a model on a processor heed `Beginnings` where its attention is sdpa; whether its numbers are fit for that.
 
-    On a processor alone; on a GPU it has not been measured.
+    On a GPU it has not been measured, and the model is left as it is.
     """
-    if model.config._attn_implementation == "sdpa":
-        model.config._attn_implementation = SHARING
-    exact = compute_dtype(model) in (torch.float32, torch.float64)
-    return model.config._attn_implementation == SHARING and exact and model.device.type == "cpu"
+    if model.device.type != "cpu" or model.config._attn_implementation not in ("sdpa", SHARING):
+        return False
+    model.config._attn_implementation = SHARING
+    return compute_dtype(model) in (torch.float32, torch.float64)
 
 
 def sharing_attention(
