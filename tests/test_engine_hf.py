@@ -3,16 +3,18 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from families import EACH_FAMILY, VOCAB, tiny
 from turnwise.engine import Completion, Sampling
-from turnwise.engines import hf
-from turnwise.engines.attention import SHARING, Beginnings
+from turnwise.engines import attention, hf
+from turnwise.engines.attention import Beginnings, processor_attention
 from turnwise.engines.hf import HFEngine
 from turnwise.engines.sampling import drawn_tokens
 from turnwise.errors import ConfigError, InputError
@@ -422,19 +424,18 @@ def grouped_turns(engine: HFEngine, sizes: Sequence[int]) -> list[tuple[list[int
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Beginnings of 8 tokens are shared from now on; the list gets families and rows of every step that does it."""
+    """Beginnings of 8 tokens are shared from now on; the list gets families and rows wherever a layer reads so."""
     found = []
 
-    def counted(self: HFEngine, active: np.ndarray, count: int) -> Beginnings | None:
-        beginnings = plain(self, active, count)
-        if beginnings is not None:
-            assert beginnings.length >= 8
-            found.append((len(beginnings.row), len(active)))
-        return beginnings
+    def counted(query: torch.Tensor, *others: Any) -> torch.Tensor:
+        beginnings = others[-1]
+        assert beginnings.length >= 8
+        found.append((len(beginnings.row), len(beginnings.members.unique())))
+        return plain(query, *others)
 
-    plain = HFEngine._beginnings
+    plain = attention._by_families
     monkeypatch.setattr(hf, "SHARED_TOKENS", 8)
-    monkeypatch.setattr(HFEngine, "_beginnings", counted)
+    monkeypatch.setattr(attention, "_by_families", counted)
     return found
 
 
@@ -444,9 +445,9 @@ def test_what_rows_begin_with_is_read_once_and_comes_to_the_same(family: str, sh
     engine = HFEngine(model, stop_ids=(), max_context=64)
     for prompt, completion in grouped_turns(engine, [5, 3, 4]):
         assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-6)
-    # All twelve rows, and what is left of them later; models that know no sdpa read every row as before.
-    knows = model.config._attn_implementation == SHARING
-    assert ((3, 12) in shared, any(rows < 12 for _, rows in shared)) == (knows, knows)
+    # All twelve rows, and what is left of them later; not where every layer slides, or has its own attention.
+    every = family in ("mistral, all sliding", "phi 3", "starcoder 2", "gemma 2", "gpt-oss")
+    assert ((3, 12) in shared, any(rows < 12 for _, rows in shared)) == (not every, not every)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -486,12 +487,43 @@ def test_short_beginnings_single_rows_and_half_numbers_are_read_as_before(shared
     generate_all(HFEngine(tiny(dtype=torch.bfloat16), stop_ids=(), max_context=64), alike)
     assert not shared
     generate_all(HFEngine(tiny(), stop_ids=(), max_context=64), alike)
-    assert shared == [(1, 4)] * 3
+    assert shared == [(1, 4)] * 3 * 2  # steps after the prefill's, layers
 
 
-def test_a_model_that_an_engine_has_used_computes_trains_and_is_saved_as_before(tmp_path: Path):
-    fresh, used = tiny(dtype=torch.float32), tiny(dtype=torch.float32)
-    assert HFEngine(used, stop_ids=(), max_context=64)._shares
+def test_a_models_own_mask_over_beginnings_counts(shared: list):
+    """Doge adds a learned bias of each head to the mask, which the engine knows nothing of."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    config = transformers.DogeConfig(**sizes, **heads, initializer_range=0.3)
+    config._attn_implementation = "sdpa"
+    model = transformers.DogeForCausalLM(config).double().eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.A.normal_()
+    for prompt, completion in grouped_turns(HFEngine(model, stop_ids=(), max_context=64), [6]):
+        assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-6)
+    assert not shared
+
+
+def test_values_may_be_narrower_than_keys():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(4, 4, 1, 12), torch.randn(4, 2, 9, 12), torch.randn(4, 2, 9, 6)
+    key[:, :, :5], value[:, :, :5] = key[:1, :, :5].clone(), value[:1, :, :5].clone()
+    mask = torch.zeros(4, 1, 1, 9)
+    mask[1:, :, :, 7:] = -torch.inf
+    plain, _ = processor_attention(torch.nn.Module(), query, *(x.repeat_interleave(2, 1) for x in (key, value)), mask)
+    vars(key)["beginnings"] = Beginnings(5, torch.tensor([0]), torch.tensor([[0, 1, 2, 3]]), torch.arange(4), mask)
+    with torch.no_grad():
+        found, _ = processor_attention(torch.nn.Module(), query, key, value, mask)
+    assert found.shape == (4, 1, 4, 6)
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma 3", "falcon"])
+def test_a_model_that_an_engine_has_used_computes_trains_and_is_saved_as_before(tmp_path: Path, family: str):
+    fresh, used = (falcon() if family == "falcon" else tiny(family, dtype=torch.float32) for _ in range(2))
+    generate_all(HFEngine(used, stop_ids=(), max_context=64), [([1, 2, 3], Sampling(max_tokens=3, seed=0))] * 2)
     ids = torch.tensor([[1, 2, 3, 4], [0, 0, 5, 6]])
     padded = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     for model in (fresh, used):
@@ -505,6 +537,14 @@ def test_a_model_that_an_engine_has_used_computes_trains_and_is_saved_as_before(
     for name, model in (("fresh", fresh), ("used", used)):
         model.save_pretrained(tmp_path / name)
     assert (tmp_path / "used/config.json").read_bytes() == (tmp_path / "fresh/config.json").read_bytes()
+
+
+def falcon() -> PreTrainedModel:
+    """A family whose attention asks for the name of its implementation, and computes it by itself."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config._attn_implementation = "sdpa"
+    return transformers.FalconForCausalLM(config).eval()
 
 
 # ---- rows ----

@@ -62,6 +62,16 @@ def test_drawing_ahead_takes_a_copy_of_what_learns_and_both_halves_at_once(model
     assert found.total == both + weights + cache
 
 
+def test_a_gpu_repeats_keys_for_the_heads_that_share_them(model: Qwen2ForCausalLM):
+    # 8 rollouts that feed 6 tokens after 36: keys and values of 2 heads of 8 are copied to 4, in 4 bytes; a processor is
+    # at its fullest at another moment, so that not all of it is the difference.
+    copies = 8 * 42 * 2 * (4 * 8) * 4
+    processor, gpu = (memory_estimate(model, replace(CONFIG, device=name), LENGTHS) for name in ("cpu", "cuda"))
+    part = "feeding and drawing"
+    assert copies / 2 < gpu.rollouts[part] - processor.rollouts[part] < copies
+    assert gpu.held == processor.held
+
+
 def test_a_context_bounds_the_cache(model: Qwen2ForCausalLM):
     short = replace(LENGTHS, context=30)
     assert memory_estimate(model, CONFIG, short).held["rollout cache"] == 8 * 30 * 2 * 2 * 2 * 8 * 4

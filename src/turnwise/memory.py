@@ -32,7 +32,7 @@ from turnwise.devices import (
     set_computation,
     weight_dtypes,
 )
-from turnwise.engines.attention import attention_masks, shares_beginnings, sliding_layers
+from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.hf import PREFILL_TOKENS
 from turnwise.errors import ConfigError
@@ -157,14 +157,18 @@ def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Length
     batches = [pack(chunk, pad_id=0) for chunk in chunks(rows, max_tokens=config.micro_batch_tokens)]
     largest = max(batches, key=lambda batch: sum(level.ids.numel() for level in batch.levels))
     places = torch.unique(largest.place[largest.loss])
+    on_processor = chosen_device(config.device, model).type == "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = _shapes(model, config)
         weights, learned = _bytes(fake.parameters()), _bytes(p for p in fake.parameters() if p.requires_grad)
         activations, backward = _update_bytes(fake, largest, places, config)
         alive = min(ENGINE_ROWS, _rollouts_per_task(config) * config.tasks_per_step)
         feeding = max(
-            _feed_bytes(fake, config.tasks_per_step, lengths.prompt, lengths.prompt),
-            _feed_bytes(fake, alive, min(max(1, lengths.result), lengths.rollout), lengths.rollout),
+            _feed_bytes(fake, count, tokens, length, on_processor=on_processor)
+            for count, tokens, length in (
+                (config.tasks_per_step, lengths.prompt, lengths.prompt),
+                (alive, min(max(1, lengths.result), lengths.rollout), lengths.rollout),
+            )
         )
     with_critic = config.estimator in CRITIC_METHODS
     own = _bytes(fake.get_decoder().parameters()) if with_critic and config.critic == "own" else 0
@@ -304,11 +308,10 @@ def _update_bytes(
     return held, live.most - held
 
 
-def _feed_bytes(fake: PreTrainedModel, rows: int, tokens: int, length: int) -> int:
+def _feed_bytes(fake: PreTrainedModel, rows: int, tokens: int, length: int, *, on_processor: bool) -> int:
     """What feeding the last `tokens` of `rows` conversations of a length takes in the engine, beside the cache."""
     rows = max(1, min(rows, PREFILL_TOKENS // tokens))
-    shares_beginnings(fake)
-    cache = RowCache(sliding_layers(fake))
+    cache = RowCache(sliding_layers(fake), on_processor=on_processor)
     cache.reserve(rows, length, max_rows=rows, max_length=length)
     positions = torch.arange(length - tokens, length).expand(rows, tokens)
     write = (torch.arange(rows).repeat_interleave(tokens), positions.flatten())

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from turnwise.devices import compute_dtype
 
-SHARING = "turnwise"
-"""The name under which transformers knows `sharing_attention`: sdpa in all else."""
+UNCOMMON = ("softcap", "s_aux", "position_bias")
+"""What some models ask of their attention besides; it is left to transformers then."""
 
 ALL_SLIDING = ("ministral3", "mistral", "mixtral", "phi3", "phimoe", "qwen3_moe", "starcoder2")
 """The kinds of model whose configurations name no layers: where they have a window, every layer has it."""
@@ -72,20 +71,11 @@ class Beginnings:
     """The rows of each family, [F, n]; the shorter ones repeat one."""
     place: torch.Tensor
     """Where each row of the batch stands in the flattened `members`, [B]; anywhere where nobody looks at it."""
+    mask: torch.Tensor | None = None
+    """The additive mask [B, 1, 1, S] that goes with them. A model that makes another of it reads every row whole."""
 
 
-def shares_beginnings(model: PreTrainedModel) -> bool:
-    """Makes a model on a processor heed `Beginnings` where its attention is sdpa; whether its numbers are fit for that.
-
-    On a GPU it has not been measured, and the model is left as it is.
-    """
-    if model.device.type != "cpu" or model.config._attn_implementation not in ("sdpa", SHARING):
-        return False
-    model.config._attn_implementation = SHARING
-    return compute_dtype(model) in (torch.float32, torch.float64)
-
-
-def sharing_attention(
+def processor_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -93,26 +83,38 @@ def sharing_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of `query` [B, H, T, D] to `key` and `value` [B, K, S, D], which is [B, T, H, D].
+    """Attention of `query` [B, H, T, D] to `key` [B, K, S, D] and `value` [B, K, S, E], which is [B, T, H, E].
 
-    Where the keys say so (`beginnings`), T is 1, and the beginning of a family is read once: the queries of its rows
-    are those of one product with it. One softmax goes over beginning and rest. Otherwise this is sdpa, which on a
-    processor need not repeat keys for the heads that share them.
+    It is transformers' own sdpa but for keys that say `beginnings`, as those of the engine's cache do on a processor:
+    there keys are not repeated for the heads that share them, and what rows begin with is read once.
     """
-    beginnings: Beginnings | None = getattr(key, "beginnings", None)
-    if beginnings is None:
-        if query.shape[2] == 1 or query.device.type != "cpu" or torch.is_grad_enabled() or attention_mask is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=options.get("scaling"), enable_gqa=True
-        )
-        return attended.transpose(1, 2).contiguous(), None
-    assert attention_mask is not None
-    size = beginnings.length
-    rows, heads, _, width = query.shape
-    per_key = heads // key.shape[1]
+    plain = not hasattr(key, "beginnings") or attention_mask is None or torch.is_grad_enabled()
+    if plain or options.get("dropout") or any(options.get(name) is not None for name in UNCOMMON):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    beginnings: Beginnings | None = key.beginnings  # pyright: ignore[reportAttributeAccessIssue]
     scaling = options.get("scaling")
-    queries = query.reshape(rows, -1, per_key, width) * (width**-0.5 if scaling is None else scaling)
+    if beginnings is not None and attention_mask is beginnings.mask:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _by_families(query * scale, key, value, attention_mask, beginnings), None
+    if query.shape[2] == 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _by_families(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, beginnings: Beginnings
+) -> torch.Tensor:
+    """Attention of one scaled query of each row, [B, 1, H, E].
+
+    The queries of a family's rows are those of one product with its beginning, which all of them see. One softmax goes
+    over beginning and rest.
+    """
+    size, (rows, heads) = beginnings.length, query.shape[:2]
+    queries = query.reshape(rows, key.shape[1], -1, query.shape[-1])
+    per_key = queries.shape[2]
 
     def by_family(states: torch.Tensor) -> torch.Tensor:  # [B, K, G, X] to [F, K, n G, X]
         return states[beginnings.members].transpose(1, 2).flatten(2, 3)
@@ -121,12 +123,11 @@ def sharing_attention(
         return states.unflatten(2, (-1, per_key)).transpose(1, 2).flatten(0, 1)[beginnings.place]
 
     begun, own = key[beginnings.row, :, :size], key[:, :, size:]
-    scores = torch.cat((by_row(by_family(queries) @ begun.mT), queries @ own.mT + attention_mask[..., size:]), -1)
+    scores = torch.cat((by_row(by_family(queries) @ begun.mT), queries @ own.mT + mask[..., size:]), -1)
     weights = scores.softmax(-1)
     attended = by_row(by_family(weights[..., :size]) @ value[beginnings.row, :, :size])
     attended = attended + weights[..., size:] @ value[:, :, size:]
-    return attended.reshape(rows, 1, heads, width), None
+    return attended.reshape(rows, 1, heads, value.shape[-1])
 
 
-AttentionInterface.register(SHARING, sharing_attention)
-AttentionMaskInterface.register(SHARING, sdpa_mask)
+AttentionInterface.register("sdpa", processor_attention)

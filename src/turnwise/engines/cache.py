@@ -13,12 +13,14 @@ class RowCache(Cache):
 
     Every row holds one sequence from position 0 on. `aim` says where the next forward pass writes
     and what it reads; the caller's mask hides what lies behind a row's own length. The layers
-    `sliding` can be given a few keys of their own to read.
+    `sliding` can be given a few keys of their own to read. On a processor the keys say so to
+    their attention (`processor_attention`).
     """
 
-    def __init__(self, sliding: frozenset[int] = frozenset()) -> None:
+    def __init__(self, sliding: frozenset[int] = frozenset(), *, on_processor: bool = False) -> None:
         super().__init__(layers=[])
         self.sliding = sliding
+        self.on_processor = on_processor
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.num_rows = 0
@@ -64,8 +66,8 @@ class RowCache(Cache):
             self.values.append(self._room(value_states))
         near = self._near if layer_idx in self.sliding else None
         keys = self._through(self.keys[layer_idx], key_states, near)
-        if layer_idx not in self.sliding:
-            vars(keys)["beginnings"] = self._beginnings
+        if self.on_processor:
+            vars(keys)["beginnings"] = None if layer_idx in self.sliding else self._beginnings
         return keys, self._through(self.values[layer_idx], value_states, near)
 
     def move(self, target: torch.Tensor, source: torch.Tensor, length: int) -> None:

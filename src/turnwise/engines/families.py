@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from turnwise.engines.attention import ALL_SLIDING, SHARING
+from turnwise.engines.attention import ALL_SLIDING
 from turnwise.errors import ConfigError
 
 LAYERS = ("full_attention", "sliding_attention")
@@ -64,7 +64,7 @@ def check_model(model: PreTrainedModel, *, context: int | None = None) -> None:
             "a policy's tokens must see only those before them; got use_bidirectional_attention; take a model that "
             "generates, not one that embeds"
         )
-    if config._attn_implementation not in ("sdpa", "eager", SHARING):
+    if config._attn_implementation not in ("sdpa", "eager"):
         raise ConfigError(
             f"a policy must be loaded with attn_implementation 'sdpa' or 'eager'; got "
             f"{config._attn_implementation!r}; load it with 'sdpa'"

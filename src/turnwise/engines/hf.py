@@ -11,14 +11,14 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from turnwise.devices import computing
+from turnwise.devices import compute_dtype, computing
 from turnwise.engine import (
     Completion,
     Sampling,
@@ -29,7 +29,7 @@ from turnwise.engine import (
     fork_onto_session,
     not_finite_logits,
 )
-from turnwise.engines.attention import Beginnings, attention_masks, shares_beginnings, sliding_layers
+from turnwise.engines.attention import Beginnings, attention_masks, sliding_layers
 from turnwise.engines.cache import RowCache
 from turnwise.engines.families import check_model, output_logits
 from turnwise.engines.sampling import drawn_tokens
@@ -146,7 +146,8 @@ class HFEngine:
         self._draws_on = torch.device("cpu") if self._device.type == "mps" else self._device  # Apple has no float64
         self._vocab = model.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
         self._sliding = sliding_layers(model)
-        self._shares = shares_beginnings(model)
+        self._on_processor = self._device.type == "cpu"
+        self._shares = self._on_processor and compute_dtype(model) in (torch.float32, torch.float64)
         self._is_stop = _stop_table(stop_ids, self._vocab)
         self._waiting: deque[_Request] = deque()
         self._sessions: dict[Hashable, _Request] = {}  # alive, with their latest request
@@ -317,7 +318,7 @@ class HFEngine:
 
     def _clear(self) -> None:
         self._rows = _Rows(self.max_rows)
-        self._cache = RowCache(self._sliding)
+        self._cache = RowCache(self._sliding, on_processor=self._on_processor)
         self._waiting.clear()
         self._row_of.clear()
         self._parents.clear()
@@ -478,6 +479,12 @@ class HFEngine:
         self._reserve(int(read.max()) + 1, int(positions.max()) + 1)
         first, adjacent = int(read[0]), bool((np.diff(read) == 1).all())
         near = self._near(positions, read, read_length)
+        place = self._tensor(positions)
+        keys = torch.arange(read_length, device=self._device)[None]  # those of a row stand at its first places
+        masks = attention_masks(self._model, place, keys, None if near is None else self._tensor(near))
+        if beginnings is not None:
+            full = masks["full_attention"] if isinstance(masks, dict) else masks
+            beginnings = replace(beginnings, mask=full)
         self._cache.aim(
             write=(self._tensor(write[0]), self._tensor(write[1])),
             source=None if source is None else self._tensor(source),
@@ -486,9 +493,6 @@ class HFEngine:
             near=None if near is None else (self._tensor(read[:, None]), self._tensor(near.clip(0, read_length - 1))),
             beginnings=beginnings,
         )
-        place = self._tensor(positions)
-        keys = torch.arange(read_length, device=self._device)[None]  # those of a row stand at its first places
-        masks = attention_masks(self._model, place, keys, None if near is None else self._tensor(near))
         with computing(self._model):
             return self._decoder(
                 input_ids=self._tensor(ids),
