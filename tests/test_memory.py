@@ -63,8 +63,8 @@ def test_drawing_ahead_takes_a_copy_of_what_learns_and_both_halves_at_once(model
 
 
 def test_a_gpu_repeats_keys_for_the_heads_that_share_them(model: Qwen2ForCausalLM):
-    # 8 rollouts that feed 6 tokens after 36: keys and values of 2 heads of 8 are copied to 4, in 4 bytes; a processor is
-    # at its fullest at another moment, so that not all of it is the difference.
+    # 8 rollouts that feed 6 tokens after 36: keys and values of 2 heads of 8 are copied to 4, in 4 bytes; a processor
+    # is at its fullest at another moment, so that not all of it is the difference.
     copies = 8 * 42 * 2 * (4 * 8) * 4
     processor, gpu = (memory_estimate(model, replace(CONFIG, device=name), LENGTHS) for name in ("cpu", "cuda"))
     part = "feeding and drawing"

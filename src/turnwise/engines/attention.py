@@ -88,8 +88,9 @@ def processor_attention(
     It is transformers' own sdpa but for keys that say `beginnings`, as those of the engine's cache do on a processor:
     there keys are not repeated for the heads that share them, and what rows begin with is read once.
     """
-    plain = not hasattr(key, "beginnings") or attention_mask is None or torch.is_grad_enabled()
-    if plain or options.get("dropout") or any(options.get(name) is not None for name in UNCOMMON):
+    unmarked = not hasattr(key, "beginnings") or torch.is_grad_enabled()
+    special = options.get("dropout") or any(options.get(name) is not None for name in UNCOMMON)
+    if attention_mask is None or unmarked or special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     beginnings: Beginnings | None = key.beginnings  # pyright: ignore[reportAttributeAccessIssue]
     scaling = options.get("scaling")
