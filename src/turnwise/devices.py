@@ -25,7 +25,7 @@ SMALL = 20_000_000
 """Parameters below which a model's operations are too short to be shared among threads, or worth a GPU."""
 M_MMAP_THRESHOLD = -3
 """`mallopt`'s name, from glibc's malloc.h, of the size from which a block is the system's own and returns to it."""
-RETURNED_BYTES = 2**20
+RETURNED_BYTES = 2**18
 
 
 def num_parameters(model: torch.nn.Module) -> int:

@@ -27,11 +27,11 @@ class RowCache(Cache):
         self.length = 0
 
     def reserve(self, rows: int, length: int, *, max_rows: int, max_length: int) -> None:
-        """Room for `rows` sequences of `length`; both grow by half at least, up to their maximum."""
+        """Room for `rows` sequences of `length`; both grow by a quarter at least, up to their maximum."""
         if rows > self.num_rows:
-            self.num_rows = min(max(rows, 3 * self.num_rows // 2), max_rows)
+            self.num_rows = min(max(rows, 5 * self.num_rows // 4), max_rows)
         if length > self.length:
-            self.length = min(max(length, 3 * self.length // 2, SMALLEST_LENGTH), max_length)
+            self.length = min(max(length, 5 * self.length // 4, SMALLEST_LENGTH), max_length)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 if old.shape[0] < self.num_rows or old.shape[2] < self.length:
