@@ -326,13 +326,16 @@ def test_a_link_within_a_run_to_a_run_or_of_a_tracker_is_let_be(run: Path, tmp_p
     (run / "wandb" / "logs" / "debug-core.log").symlink_to(tmp_path / "its own log")
     (tmp_path / "named").symlink_to(run)
     opened(tmp_path / "named")
+    assert (run / "latest").is_symlink()
 
 
 def test_a_link_that_the_user_trusts_is_followed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.move(run / "checkpoints", tmp_path / "large disk")
     (run / "checkpoints").symlink_to(tmp_path / "large disk")
+    refused(lambda: load_run(run), "checkpoints is a link")
     monkeypatch.setenv("TURNWISE_TRUST", "1")
     opened(run)
+    assert (run / "checkpoints").is_symlink()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
@@ -470,6 +473,8 @@ def test_a_line_without_end_is_not_read(run: Path, tmp_path: Path, monkeypatch: 
     refused(lambda: read_traces(run / "rollouts.jsonl"), "must be a line of at most 100000 bytes")
     (tmp_path / "tasks.jsonl").write_text('{"id": "a", "question": "' + "x" * 100_000)
     refused(lambda: load_tasks(tmp_path / "tasks.jsonl"), "must be a line of at most 100000 bytes")
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"id": "a", "question": "x" * 99_000, "answers": ["x"]}))
+    assert [len(task.question) for task in load_tasks(tmp_path / "tasks.jsonl")] == [99_000]
 
 
 @pytest.mark.parametrize("content", [b"\0", b"\n", b'{"id": 1}\n'])

@@ -98,10 +98,10 @@ class RowCache(Cache):
 
     def _room(self, like: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Zeros beside what is `kept`: a masked position still enters a product, and 0 x NaN is NaN."""
+        kept = like[:0, :, :0] if kept is None else kept
+        rows, _, length, _ = kept.shape
         room = like.new_empty(self.num_rows, like.shape[1], self.length, like.shape[3])
-        rows, length = (0, 0) if kept is None else (kept.shape[0], kept.shape[2])
-        if kept is not None:
-            room[:rows, :, :length] = kept
+        room[:rows, :, :length] = kept
         room[:rows, :, length:] = 0
         room[rows:] = 0
         return room
