@@ -3,7 +3,8 @@
     python benchmarks/step.py [--steps 6] [--threads 2]
 
 Prints the medians of the rollout half and the update half, side by side on one thread, on all threads as training uses
-them (a part of the step on each), and with torch's own threads inside every operation.
+them (a part of the step on each), and with torch's own threads inside every operation. Every step begins with the same
+weights; engines and their memory stay from step to step, as in training, and the first step is left out.
 """
 
 import os
@@ -46,12 +47,15 @@ def main() -> None:
         "threads in operations": (1, options.threads),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    policies = {name: load_policy(config.policy) for name in ways}
+    start = load_policy(config.policy).model.state_dict()
+    engines_of = {name: [make_engine(policies[name]) for _ in range(at_once)] for name, (at_once, _) in ways.items()}
     for step in range(options.steps):
         tasks = training.ordered_tasks(setting.train, config.seed, step * config.tasks_per_step, config.tasks_per_step)
         for name, (at_once, threads) in ways.items():
             torch.set_num_threads(threads)
-            policy = load_policy(config.policy)
-            engines = [make_engine(policy) for _ in range(at_once)]
+            policy, engines = policies[name], engines_of[name]
+            policy.model.load_state_dict(start)
             groups = []
 
             def roll(policy=policy, engines=engines, groups=groups, tasks=tasks, step=step) -> None:

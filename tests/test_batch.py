@@ -110,6 +110,25 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     assert [batch.num_rows for batch in micro_batches([row(3)] * 50, max_tokens=5, pad_id=0)] == [50]
 
 
+@pytest.mark.parametrize(("count", "batches"), [(8, 2), (16, 2), (24, 4), (128, 16)])
+def test_without_a_budget_micro_batches_are_even_in_number_and_size(count: int, batches: int):
+    # a prompt of 2 and 100 tokens each: 802, 1602, 2402, 12802 positions, of which some 800 make a micro-batch
+    rows = [row(100 + i % 2, (1, 2)) for i in range(count)]
+    rows = [dataclasses.replace(r, ids=(100 + i, *r.ids[1:])) for i, r in enumerate(rows)]
+    made = list(micro_batches(rows, max_tokens=None, pad_id=0))
+    assert len(made) == batches
+    assert sum(batch.num_rows for batch in made) == count
+    sizes = [sum(level.ids.numel() for level in batch.levels) for batch in made]
+    assert max(sizes) - min(sizes) <= count // batches  # as many rows each; those of 101 tokens need one more
+
+
+def test_without_a_budget_equal_rows_and_a_single_one_are_one_micro_batch():
+    assert [batch.num_rows for batch in micro_batches([row(3)] * 50, max_tokens=None, pad_id=0)] == [50]
+    assert [batch.num_rows for batch in micro_batches([row(3)], max_tokens=None, pad_id=0)] == [1]
+    assert [batch.num_rows for batch in micro_batches([row(n) for n in (100, 99)], max_tokens=None, pad_id=0)] == [2]
+    assert not list(micro_batches([], max_tokens=None, pad_id=0))
+
+
 def test_rows_that_begin_alike_stand_together():
     answers = [(30,), (31, 32), (33,)]
     calls = [(10,), (11,)]

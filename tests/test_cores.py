@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from turnwise import batch, cores, learning
 from turnwise.batch import Row
 from turnwise.config import TrainConfig
 from turnwise.cores import in_parallel, parts_at_once
@@ -84,6 +85,26 @@ def test_an_update_in_parts_is_the_same_to_the_last_bit(bpe_chat, trunk):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     start = tiny_policy(bpe_chat, seed=0, hidden=16, layers=2).model.parameters()
     assert any(not torch.equal(a, b) for a, b in zip(weights[0], start, strict=False)), "nothing was learned"
+
+
+@pytest.mark.parametrize(("most", "small", "expected"), [(None, True, None), (None, False, 2048), (64, True, 64)])
+def test_a_small_policys_micro_batches_are_even_unless_a_budget_is_given(
+    bpe_chat, monkeypatch: pytest.MonkeyPatch, most: int | None, small: bool, expected: int | None
+):
+    asked = []
+
+    def micro_batches(rows, *, max_tokens: int | None, pad_id: int):
+        asked.append(max_tokens)
+        return batch.micro_batches(rows, max_tokens=max_tokens, pad_id=pad_id)
+
+    monkeypatch.setattr(learning, "micro_batches", micro_batches)
+    if not small:
+        monkeypatch.setattr(cores, "SMALL", 1)
+    policy = tiny_policy(bpe_chat, seed=0, hidden=16, layers=1)
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    rows = random_rows(4, bpe_chat.tokenizer.vocab_size)
+    update(policy, optimizer, rows, TrainConfig(micro_batch_tokens=most, minibatches=1), 0)
+    assert asked == [expected]
 
 
 def test_values_in_parts_are_the_same(bpe_chat):

@@ -267,14 +267,25 @@ tool-failures = 0.25
 """
 
 
+def test_runs_of_a_comparison_have_one_thread_and_micro_batches_of_a_fixed_size(tmp_path: Path):
+    arms = {"open": TrainConfig(), "own": TrainConfig(micro_batch_tokens=512)}
+    jobs = run_configs(arms, 2, tmp_path)
+    assert [(key, job.threads, job.micro_batch_tokens) for key, job in jobs.items()] == [
+        (("open", 0), 1, 2048),
+        (("own", 0), 1, 512),
+        (("open", 1), 1, 2048),
+        (("own", 1), 1, 512),
+    ]
+
+
 def test_a_run_that_another_comparison_has_finished_is_linked_and_not_made_again(tmp_path: Path):
     runs = tmp_path / "runs"
     done = runs / "other" / "clean-1"
     done.mkdir(parents=True)
-    asked = TrainConfig(estimator="mt-grpo", steps=7, seed=1)
+    asked = TrainConfig(estimator="mt-grpo", steps=7, seed=1, micro_batch_tokens=2048)
     write_config(done, dataclasses.replace(asked, out=done, threads=1))
     (done / "record.json").write_text(json.dumps({"eval_size": 3, "arm": "clean", "seed": 1}))
-    arms = {"same": asked, "longer": dataclasses.replace(asked, steps=8)}
+    arms = {"same": dataclasses.replace(asked, micro_batch_tokens=None), "longer": dataclasses.replace(asked, steps=8)}
     for eval_size, linked in ((4, False), (3, True)):
         jobs = run_configs(arms, 2, runs / "toy")
         (runs / "toy").mkdir(exist_ok=True)

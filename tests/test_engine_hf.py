@@ -15,6 +15,7 @@ from families import EACH_FAMILY, VOCAB, tiny
 from turnwise.engine import Completion, Sampling
 from turnwise.engines import attention, hf
 from turnwise.engines.attention import Beginnings, processor_attention
+from turnwise.engines.cache import RowCache
 from turnwise.engines.hf import HFEngine
 from turnwise.engines.sampling import drawn_tokens
 from turnwise.errors import ConfigError, InputError
@@ -604,6 +605,62 @@ def test_holes_in_the_batch_are_closed_without_disturbing_idle_or_active_rows():
             assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-4)
     assert engine.stats.prefilled_tokens == sum(map(len, starts)) + 5 * 2
     assert engine._row_of == {5: 0, 1: 1, 2: 2, 3: 3, 4: 4, 0: 5}  # 0 and 5 changed places
+
+
+def test_rows_move_into_holes_of_ended_sessions_and_change_places_with_waiting_ones():
+    model = tiny(dtype=torch.float32)
+    engine = HFEngine(model, stop_ids=(), max_context=256)
+    starts = prompts(6)
+    long = {4: 150, 5: 160}
+
+    async def play(i: int) -> list[tuple[list[int], Completion]]:
+        first = await engine.generate(starts[i], Sampling(max_tokens=long.get(i, 4), seed=i), session=i)
+        if i == 0:  # ends, and leaves row 0 free; 1 to 3 wait, as for a tool
+            engine.release(i)
+            return [(starts[i], first)]
+        while i < 4 and engine.stats.decode_steps < 145:
+            await asyncio.sleep(0)
+        prompt = [*starts[i], *first.token_ids, 5]
+        return [(starts[i], first), (prompt, await engine.generate(prompt, Sampling(max_tokens=9, seed=i), session=i))]
+
+    async def everything() -> list[list[tuple[list[int], Completion]]]:
+        return await asyncio.gather(*map(play, range(6)))
+
+    for history in asyncio.run(asyncio.wait_for(everything(), 60)):
+        for prompt, completion in history:
+            assert completion.logprobs == pytest.approx(full_logprobs(model, prompt, completion.token_ids), abs=1e-4)
+    assert engine.stats.prefilled_tokens == sum(map(len, starts)) + 5 * 2, "a session's row was lost"
+    rows = engine._row_of
+    assert {rows[4], rows[5]} == {0, 1}, "the long ones come first"
+    assert (rows[1] in (4, 5), rows[2], rows[3]) == (True, 2, 3), "one of them changed places with 1"
+
+
+@pytest.mark.parametrize(
+    ("target", "source"),
+    [
+        ([1, 2, 3, 6], [0, 0, 0, 5]),
+        ([1, 2], [0, 5]),
+        ([1, 3], [0, 0]),
+        ([0, 4], [7, 6]),
+        ([5], [2]),
+        ([0, 7], [7, 0]),
+        ([1, 2], [2, 3]),
+        ([], []),
+    ],
+)
+def test_rows_of_the_cache_are_copied_as_they_were(target: list[int], source: list[int]):
+    caches = [RowCache(on_processor=one_by_one) for one_by_one in (True, False)]
+    for cache in caches:
+        drawn = torch.Generator().manual_seed(0)
+        cache.keys, cache.values = ([torch.rand(8, 2, 5, 3, generator=drawn) for _ in range(2)] for _ in range(2))
+    before = [tensor.clone() for tensor in (*caches[0].keys, *caches[0].values)]
+    for cache in caches:
+        cache.move(np.array(target, np.int64), np.array(source, np.int64), 4)
+        for tensor, old in zip((*cache.keys, *cache.values), before, strict=True):
+            for row in range(8):
+                origin = dict(zip(target, source, strict=True)).get(row, row)
+                assert torch.equal(tensor[row, :, :4], old[origin, :, :4])
+                assert torch.equal(tensor[row, :, 4:], old[row, :, 4:])
 
 
 def test_a_cancelled_request_frees_its_row():

@@ -26,6 +26,8 @@ from turnwise.types import Rollout
 
 LIKE_LENGTH = 32
 """Stretches after prompts whose lengths differ by less, tokens, count as equally long."""
+EVEN_TOKENS = 800
+"""Positions of a micro-batch where no budget is given, about: fewer cost more each, more leave cores without work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,23 +249,54 @@ class _Tree:
         return sum(len(level) * longest for level, longest in zip(self.levels, self.longest, strict=True))
 
 
-def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int) -> Iterator[MicroBatch]:
-    """The rows in micro-batches, each within `max_tokens` padded positions of its levels."""
+def micro_batches(rows: Sequence[Row], *, max_tokens: int | None, pad_id: int) -> Iterator[MicroBatch]:
+    """The rows in micro-batches, each within `max_tokens` padded positions of its levels; see `chunks` for None."""
     for chunk in chunks(rows, max_tokens=max_tokens):
         yield pack(chunk, pad_id=pad_id)
 
 
-def chunks(rows: Sequence[Row], *, max_tokens: int) -> Iterator[list[Row]]:
-    """The rows of each micro-batch.
+def chunks(rows: Sequence[Row], *, max_tokens: int | None) -> Iterator[list[Row]]:
+    """The rows of each micro-batch; without a budget as many as cores share well: an even number of like size, if the
+    rows allow.
 
     Rows whose first stretches are of like length stand together, and among them those that begin alike. A row longer
     than the budget gets a micro-batch of its own.
     """
+    ordered = _in_order(rows)
+    yield from _cut(ordered, _even_tokens(ordered) if max_tokens is None else max_tokens)
+
+
+def _even_tokens(ordered: Sequence[tuple[Row, list[tuple[int, ...]]]]) -> int:
+    """The least budget by which rows come to no more than an even number of micro-batches of some `EVEN_TOKENS`.
+
+    Rows of less than half of that are one. The number of cores changes nothing, as it would change how sums round.
+    """
+    whole = _Tree()
+    for _, stretches in ordered:
+        whole.add(stretches)
+    tokens = sum(len(stretch) for level in whole.levels for _, stretch in level)
+    if tokens < EVEN_TOKENS / 2:
+        return whole.size
+    count = 2 * max(1, round(tokens / (2 * EVEN_TOKENS)))
+    low, high = tokens // count, whole.size
+    while high - low > 1 + high // 64:
+        middle = (low + high) // 2
+        fits = sum(1 for _ in _cut(ordered, middle)) <= count
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def _in_order(rows: Sequence[Row]) -> list[tuple[Row, list[tuple[int, ...]]]]:
+    """The rows with their stretches, as they are to stand in micro-batches."""
     found = list(zip(rows, _parted(rows), strict=True))
     found.sort(key=lambda each: (_first_length(*each) // LIKE_LENGTH, each[1]), reverse=True)
+    return found
+
+
+def _cut(ordered: Iterable[tuple[Row, list[tuple[int, ...]]]], max_tokens: int) -> Iterator[list[Row]]:
     chunk: list[Row] = []
     tree = _Tree()
-    for row, stretches in found:
+    for row, stretches in ordered:
         tree.add(stretches)
         if chunk and tree.size > max_tokens:
             yield chunk

@@ -113,9 +113,14 @@ def make_folders(*folders: Path) -> None:
 
 
 def run_configs(arms: Mapping[str, TrainConfig], seeds: int, folder: Path) -> dict[Key, TrainConfig]:
-    """The configuration of every run, in the order in which they are made: seed by seed, so that pairs end together."""
+    """The configuration of every run, in the order in which they are made: seed by seed, so that pairs end together.
+
+    Each has one thread. No cores share its micro-batches, so their size is the fixed one unless an arm says another.
+    """
     return {
-        (name, seed): dataclasses.replace(arm, seed=seed, threads=1, out=folder / f"{name}-{seed}")
+        (name, seed): dataclasses.replace(
+            arm, seed=seed, threads=1, micro_batch_tokens=arm.micro_batch_budget, out=folder / f"{name}-{seed}"
+        )
         for seed in range(seeds)
         for name, arm in arms.items()
     }

@@ -18,8 +18,12 @@ def parts_at_once(model: torch.nn.Module, threads: int) -> int:
     The operations of a small model are so short that two threads take as long as one; there each core computes a part
     of its own. A large model's parts come one after the other, on all threads, and so do those on a GPU.
     """
-    small = num_parameters(model) < SMALL and next(model.parameters()).device.type == "cpu"
-    return threads if small else 1
+    return threads if has_short_operations(model) else 1
+
+
+def has_short_operations(model: torch.nn.Module) -> bool:
+    """Whether the model is small and on a processor."""
+    return num_parameters(model) < SMALL and next(model.parameters()).device.type == "cpu"
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], *, at_once: int) -> Iterator[R]:

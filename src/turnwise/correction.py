@@ -66,7 +66,7 @@ def corrected(
     own = trainer_logprobs(
         policy,
         [row for _, row in rows],
-        max_tokens=config.micro_batch_tokens,
+        max_tokens=config.micro_batch_budget,
         temperature=config.temperature,
         at_once=at_once,
     )

@@ -106,7 +106,7 @@ def credit_rollouts(
         return Credited(table=table, credit=credit, rows=training_rows(rollouts, table, credit), metrics={})
     rows = [rollout_row(r, [0.0] * len(r.turns), [True] * len(r.turns)) for r in rollouts]
     cut = [r.stop == "max_tokens" for r in rollouts]
-    values, after = step_values(critic, rows, cut, max_tokens=config.micro_batch_tokens, pad_id=pad_id, at_once=at_once)
+    values, after = step_values(critic, rows, cut, max_tokens=config.micro_batch_budget, pad_id=pad_id, at_once=at_once)
     if not all(np.isfinite(own).all() for own in (*values, after)):
         raise RunError(
             "the critic's values must be finite; some are not; --resume from the last checkpoint, or start anew with a "

@@ -9,7 +9,7 @@ import torch
 
 from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, weighted
 from turnwise.config import TrainConfig
-from turnwise.cores import in_parallel
+from turnwise.cores import has_short_operations, in_parallel
 from turnwise.critic import Critic, token_values
 from turnwise.lora import without_adapter
 from turnwise.loss import Ratio, policy_loss, value_loss
@@ -141,7 +141,8 @@ def _optimise(
         torch.autograd.backward(losses)
         return found, ()
 
-    batches = list(micro_batches(live, max_tokens=config.micro_batch_tokens, pad_id=policy.chat.pad_id))
+    most = config.micro_batch_tokens if has_short_operations(policy.model) else config.micro_batch_budget
+    batches = list(micro_batches(live, max_tokens=most, pad_id=policy.chat.pad_id))
     references = _reference_logprobs(reference if policy_learns else None, batches, config, at_once)
     for found, gradients in in_parallel(computed, zip(batches, references, strict=True), at_once=at_once):
         _add(learned, gradients)

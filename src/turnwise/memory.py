@@ -134,7 +134,7 @@ def check_memory(model: PreTrainedModel, config: TrainConfig, lengths: Lengths) 
 def _smaller(config: TrainConfig, model: PreTrainedModel) -> dict[str, TrainConfig]:
     """Changes that may save memory, by the options that make them."""
     critic = config.estimator in CRITIC_METHODS and config.critic == "own"
-    half_tokens, half_turn = max(16, config.micro_batch_tokens // 2), max(4, config.max_turn_tokens // 2)
+    half_tokens, half_turn = max(16, config.micro_batch_budget // 2), max(4, config.max_turn_tokens // 2)
     changes: dict[str, dict[str, Any]] = {
         f"--micro-batch-tokens {half_tokens}": {"micro_batch_tokens": half_tokens},
         f"--max-turn-tokens {half_turn}": {"max_turn_tokens": half_turn},
@@ -154,7 +154,7 @@ def _smaller(config: TrainConfig, model: PreTrainedModel) -> dict[str, TrainConf
 def memory_estimate(model: PreTrainedModel, config: TrainConfig, lengths: Lengths) -> MemoryEstimate:
     """What the run's weights, rollouts and updates take. Nothing of that size is made."""
     rows = longest_rows(config, lengths)
-    batches = [pack(chunk, pad_id=0) for chunk in chunks(rows, max_tokens=config.micro_batch_tokens)]
+    batches = [pack(chunk, pad_id=0) for chunk in chunks(rows, max_tokens=config.micro_batch_budget)]
     largest = max(batches, key=lambda batch: sum(level.ids.numel() for level in batch.levels))
     places = torch.unique(largest.place[largest.loss])
     on_processor = chosen_device(config.device, model).type == "cpu"
@@ -216,7 +216,7 @@ def longest_rows(config: TrainConfig, lengths: Lengths) -> list[Row]:
     """Different rollouts, all as long as can be, as many as a minibatch has or a few micro-batches hold."""
     groups, size = -(-config.tasks_per_step // config.minibatches), _rollouts_per_task(config)
     length = max(1, lengths.rollout - lengths.prompt)
-    needed = 2 + 2 * config.micro_batch_tokens // length
+    needed = 2 + 2 * config.micro_batch_budget // length
     action = np.arange(length) % (lengths.turn + lengths.result) < lengths.turn
     action[-1] = True
     zeros = np.zeros(length, np.float32)

@@ -1,5 +1,6 @@
 """A key-value cache with one sequence per row, which a transformers model fills in place."""
 
+import numpy as np
 import torch
 from transformers import Cache
 
@@ -70,11 +71,22 @@ class RowCache(Cache):
             vars(keys)["beginnings"] = None if layer_idx in self.sliding else self._beginnings
         return keys, self._through(self.values[layer_idx], value_states, near)
 
-    def move(self, target: torch.Tensor, source: torch.Tensor, length: int) -> None:
-        """Copy the first `length` positions of rows `source` to rows `target`; they may overlap."""
+    def move(self, target: np.ndarray, source: np.ndarray, length: int) -> None:
+        """Copy the first `length` positions of rows `source` to rows `target`; they may overlap.
+
+        On a processor rows are copied one by one, or those that get the same one at once: to gather them first passes
+        over all of them twice.
+        """
+        if self.on_processor and not np.isin(target, source).any():
+            borders = np.flatnonzero((np.diff(target) != 1) | (np.diff(source) != 0)) + 1
+            runs = [*zip([0, *borders.tolist()], [*borders.tolist(), len(target)], strict=True)]
+            copies = [(slice(int(target[i]), int(target[j - 1]) + 1), int(source[i])) for i, j in runs if j]
+        else:
+            copies = [(torch.from_numpy(target), torch.from_numpy(source))]
         for tensors in (self.keys, self.values):
             for tensor in tensors:
-                tensor[target, :, :length] = tensor[source, :, :length]
+                for there, here in copies:
+                    tensor[there, :, :length] = tensor[here, :, :length]
 
     def wipe(self, rows: torch.Tensor) -> None:
         """Forget rows that hold NaN or infinities, which would reach whoever has the row next (see `_room`)."""

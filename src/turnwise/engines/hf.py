@@ -394,7 +394,7 @@ class HFEngine:
         """Give rows `target` the first `length` tokens that rows `source` have cached; [B] each."""
         self._reserve(int(target.max()) + 1, int(length.max()))
         if length.any():
-            self._cache.move(self._tensor(target), self._tensor(source), int(length.max()))
+            self._cache.move(target, source, int(length.max()))
         rows = self._rows
         rows.length[target] = length
         joins = length >= rows.shared[source]
@@ -445,7 +445,10 @@ class HFEngine:
         return Beginnings(shared, self._tensor(active[first]), self._tensor(members), self._tensor(place))
 
     def _close_holes(self) -> None:
-        """Swap rows from the end into the holes, once the holes have cost as much as that will."""
+        """Move rows from the end into the holes, once the holes have cost as much as that will.
+
+        A hole that is a session's between two turns changes places with the row.
+        """
         rows = self._rows
         active = np.flatnonzero(rows.active)
         count = len(active)
@@ -456,7 +459,9 @@ class HFEngine:
         self._hole_steps = 0
         target = np.flatnonzero(~rows.active[:count])
         there, here = np.concatenate((target, source)), np.concatenate((source, target))
-        self._cache.move(self._tensor(there), self._tensor(here), int(rows.length[here].max()))
+        length, kept = int(rows.length[here].max()), np.tile(rows.reserved[target], 2)
+        self._cache.move(target[~kept[: len(target)]], source[~kept[: len(target)]], length)
+        self._cache.move(there[kept], here[kept], length)
         rows.move(there, here)
         for row, session in zip(there.tolist(), rows.session[there], strict=True):
             if session is not None:
