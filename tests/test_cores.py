@@ -1,5 +1,6 @@
 """Parts of a step on several cores: the same numbers as one after the other."""
 
+import copy
 import dataclasses
 import threading
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from families import EACH_FAMILY, VOCAB, tiny
 from turnwise import batch, cores, learning
 from turnwise.batch import Row
 from turnwise.config import TrainConfig
-from turnwise.cores import in_parallel, parts_at_once
+from turnwise.cores import fuse_norms, in_parallel, parts_at_once
 from turnwise.critic import make_critic, step_values
 from turnwise.evaluation import draw, make_engine, make_engines, rollout_limits
 from turnwise.learning import update
@@ -117,6 +119,45 @@ def test_values_in_parts_are_the_same(bpe_chat):
         one, two = (step_values(critic, rows, [True] * 6, at_once=n, **options) for n in (1, 2))
     assert np.array_equal(one[1], two[1])
     assert all(np.array_equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_norms_of_one_operation_are_the_same_to_the_last_bit(family: str):
+    plain, fused = tiny(family, dtype=torch.float32), tiny(family, dtype=torch.float32)
+    for model in (plain, fused):
+        drawn = torch.Generator().manual_seed(1)
+        for weight in model.parameters():  # norms' own are all 1 at first
+            weight.data += 0.1 * torch.randn(weight.shape, generator=drawn)
+    fuse_norms(fused)
+    taken = [norm for norm in fused.modules() if "forward" in vars(norm)]
+    plainly = ("llama", "qwen", "mistral", "mixtral", "smollm", "granite", "olmo", "phi 3", "gpt-oss")
+    assert bool(taken) == family.startswith(plainly)
+    ids = torch.arange(14).reshape(2, 7) % VOCAB
+    found = [model(input_ids=ids).logits for model in (plain, fused, copy.deepcopy(fused))]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    for logits in found[:2]:
+        logits.square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        assert one.grad is None or torch.equal(one.grad, other.grad), name
+
+
+def test_a_norm_that_is_copied_or_cast_goes_its_own_way():
+    model = tiny("qwen3", dtype=torch.float32)
+    fuse_norms(model)
+    norm, states = model.model.norm, torch.randn(3, model.config.hidden_size)
+    copied = copy.deepcopy(norm)
+    copied.weight.data.fill_(3.0)
+    assert torch.equal(copied(states), 3.0 * norm(states)), "a copy has its own weight"
+    norm.double()  # transformers' computes in float32 all the same
+    assert torch.equal(norm(states.double()), type(norm).forward(norm, states.double()))
+    large = tiny("qwen3", dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cores, "SMALL", 1)
+        fuse_norms(large)
+    assert not any("forward" in vars(module) for module in large.modules())
+    assert "forward" in vars(load_policy("embedded").model.get_decoder().norm)
 
 
 class single_threaded:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from turnwise.batch import MicroBatch, Row, pack
 from turnwise.chat import Chat, load_chat, save_chat
 from turnwise.checksums import damage
+from turnwise.cores import fuse_norms
 from turnwise.devices import computing, recomputing
 from turnwise.engines.attention import attention_masks, sliding_layers
 from turnwise.engines.families import check_model, longest_context, output_logits
@@ -161,6 +162,7 @@ def _loaded(folder: Path) -> Policy:
         )
     check_model(model)
     _check_computed(model)
+    fuse_norms(model)
     policy = Policy(model, load_chat(folder), handed_on(folder))
     rows = model.get_input_embeddings().weight.shape[0]
     if policy.chat.tokenizer.vocab_size > rows:
