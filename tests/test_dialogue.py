@@ -229,6 +229,8 @@ def test_the_key_is_sent_and_is_in_no_file(model, tmp_path, monkeypatch):
         (["--pass-at", "one"], "pass-at must be whole numbers with commas between"),
         (["--out", "no/such/folder"], "out must be a folder"),
         (["--engine", "vllm", "--limit", "1"], "engine vllm must find the package vllm"),
+        (["--endpoint", "http://h/v1", "--model", "m", "--engine", "hf"], "own model plays; got engine hf"),
+        (["--endpoint", "http://h/v1", "--model", "m", "--checkpoint", "last"], "own model plays; got checkpoint last"),
     ],
 )
 def test_bad_options_are_one_line(args: list[str], says: str, capsys: pytest.CaptureFixture):

@@ -383,10 +383,16 @@ def evaluate(
     where every rollout failed.
 
     Each question is played `samples` times; `pass_at` names the k of pass@k. `engine` and `max_turn_tokens` replace the
-    run's own. With `endpoint`, the model there plays in the place of the run's policy.
+    run's own. With `endpoint`, the model there plays in the place of the run's policy, and `engine` and `checkpoint`
+    must be left out.
     """
     _check_names(mode=mode, checkpoint=checkpoint, split=split)
     _check_samples(samples, pass_at, mode)
+    if endpoint and (engine is not None or checkpoint != "best"):
+        raise ConfigError(
+            "engine and checkpoint must be left out with an endpoint, whose own model plays; "
+            f"got {f'engine {engine}' if engine else f'checkpoint {checkpoint}'}; leave it out"
+        )
     policy, config = (None, _spoken(run_config(run))) if endpoint else run_policy(run, checkpoint)
     if engine is not None:
         config = on_engine(config, engine)
