@@ -1,12 +1,13 @@
 """Rollouts to padded tensors: what is seen, what was sampled and what is trained are three things."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from turnwise.batch import Row, distinct_rows, micro_batches, on_sampled, pack, rollout_row, weighted
+from turnwise.batch import MicroBatch, Row, distinct_rows, micro_batches, on_sampled, pack, rollout_row, weighted
 from turnwise.types import Action, Rollout, Turn
 
 
@@ -110,23 +111,44 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     assert [batch.num_rows for batch in micro_batches([row(3)] * 50, max_tokens=5, pad_id=0)] == [50]
 
 
+def even(rows: Sequence[Row]) -> list[MicroBatch]:
+    return list(micro_batches(rows, max_tokens=2048, pad_id=0, even=True))
+
+
+def sizes(batches: Sequence[MicroBatch]) -> list[int]:
+    return [sum(level.ids.numel() for level in batch.levels) for batch in batches]
+
+
 @pytest.mark.parametrize(("count", "batches"), [(8, 2), (16, 2), (24, 4), (128, 16)])
-def test_without_a_budget_micro_batches_are_even_in_number_and_size(count: int, batches: int):
-    # a prompt of 2 and 100 tokens each: 802, 1602, 2402, 12802 positions, of which some 800 make a micro-batch
+def test_even_micro_batches_are_even_in_number_and_size(count: int, batches: int):
+    # a prompt of 2 and 100 tokens each: 802, 1602, 2404, 12814 positions in micro-batches of at most 2048
     rows = [row(100 + i % 2, (1, 2)) for i in range(count)]
     rows = [dataclasses.replace(r, ids=(100 + i, *r.ids[1:])) for i, r in enumerate(rows)]
-    made = list(micro_batches(rows, max_tokens=None, pad_id=0))
+    made = even(rows)
     assert len(made) == batches
     assert sum(batch.num_rows for batch in made) == count
-    sizes = [sum(level.ids.numel() for level in batch.levels) for batch in made]
-    assert max(sizes) - min(sizes) <= count // batches  # as many rows each; those of 101 tokens need one more
+    assert (
+        max(sizes(made)) - min(sizes(made)) <= count // batches
+    )  # as many rows each; those of 101 tokens need one more
 
 
-def test_without_a_budget_equal_rows_and_a_single_one_are_one_micro_batch():
-    assert [batch.num_rows for batch in micro_batches([row(3)] * 50, max_tokens=None, pad_id=0)] == [50]
-    assert [batch.num_rows for batch in micro_batches([row(3)], max_tokens=None, pad_id=0)] == [1]
-    assert [batch.num_rows for batch in micro_batches([row(n) for n in (100, 99)], max_tokens=None, pad_id=0)] == [2]
-    assert not list(micro_batches([], max_tokens=None, pad_id=0))
+def test_equal_rows_a_single_one_and_few_short_ones_are_one_micro_batch():
+    assert [batch.num_rows for batch in even([row(3)] * 50)] == [50]
+    assert [batch.num_rows for batch in even([row(3000)])] == [1]
+    assert [batch.num_rows for batch in even([row(n) for n in (100, 99)])] == [2]
+    assert not even([])
+
+
+def test_even_micro_batches_keep_to_the_budget_however_much_padding_there_is():
+    # 160 rollouts, each 16 with one call; of each 16 one answers in 600 tokens, the others in 6
+    played = [
+        rollout(turn((10 + i // 16,), (20,)), turn((i, *range(600 if i % 16 == 0 else 5))), prompt=(1, 2, i // 16))
+        for i in range(160)
+    ]
+    rows = [rollout_row(r, [1.0, 1.0], [True, True]) for r in played]
+    plain = list(micro_batches(rows, max_tokens=2048, pad_id=0))
+    assert max(sizes(even(rows))) <= 2048
+    assert sum(sizes(even(rows))) <= 1.1 * sum(sizes(plain))
 
 
 def test_rows_that_begin_alike_stand_together():

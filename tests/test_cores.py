@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 import threading
 
 import numpy as np
@@ -89,15 +90,17 @@ def test_an_update_in_parts_is_the_same_to_the_last_bit(bpe_chat, trunk):
     assert any(not torch.equal(a, b) for a, b in zip(weights[0], start, strict=False)), "nothing was learned"
 
 
-@pytest.mark.parametrize(("most", "small", "expected"), [(None, True, None), (None, False, 2048), (64, True, 64)])
+@pytest.mark.parametrize(
+    ("most", "small", "expected"), [(None, True, (2048, True)), (None, False, (2048, False)), (64, True, (64, False))]
+)
 def test_a_small_policys_micro_batches_are_even_unless_a_budget_is_given(
-    bpe_chat, monkeypatch: pytest.MonkeyPatch, most: int | None, small: bool, expected: int | None
+    bpe_chat, monkeypatch: pytest.MonkeyPatch, most: int | None, small: bool, expected: tuple[int, bool]
 ):
     asked = []
 
-    def micro_batches(rows, *, max_tokens: int | None, pad_id: int):
-        asked.append(max_tokens)
-        return batch.micro_batches(rows, max_tokens=max_tokens, pad_id=pad_id)
+    def micro_batches(rows, *, max_tokens: int, pad_id: int, even: bool):
+        asked.append((max_tokens, even))
+        return batch.micro_batches(rows, max_tokens=max_tokens, pad_id=pad_id, even=even)
 
     monkeypatch.setattr(learning, "micro_batches", micro_batches)
     if not small:
@@ -150,6 +153,7 @@ def test_a_norm_that_is_copied_or_cast_goes_its_own_way():
     copied = copy.deepcopy(norm)
     copied.weight.data.fill_(3.0)
     assert torch.equal(copied(states), 3.0 * norm(states)), "a copy has its own weight"
+    assert torch.equal(pickle.loads(pickle.dumps(norm))(hidden_states=states), norm(states))
     norm.double()  # transformers' computes in float32 all the same
     assert torch.equal(norm(states.double()), type(norm).forward(norm, states.double()))
     large = tiny("qwen3", dtype=torch.float32)

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from rich.console import Console
 
 from turnwise import designs
-from turnwise.compare import check_arms, run_configs
+from turnwise.compare import check_arms, result_head, run_configs
 from turnwise.config import BRANCHING, TRAINABLE, TrainConfig
 from turnwise.credit import NEEDS
 from turnwise.display import comparison_table
@@ -276,6 +276,7 @@ def test_runs_of_a_comparison_have_one_thread_and_micro_batches_of_a_fixed_size(
         (("open", 1), 1, 2048),
         (("own", 1), 1, 512),
     ]
+    assert result_head("toy", 2, arms["open"])["config"]["micro_batch_tokens"] == 2048
 
 
 def test_a_run_that_another_comparison_has_finished_is_linked_and_not_made_again(tmp_path: Path):

@@ -27,7 +27,7 @@ from turnwise.types import Rollout
 LIKE_LENGTH = 32
 """Stretches after prompts whose lengths differ by less, tokens, count as equally long."""
 EVEN_TOKENS = 800
-"""Positions of a micro-batch where no budget is given, about: fewer cost more each, more leave cores without work."""
+"""Positions of an even micro-batch, about: with fewer each costs more, with more cores lack work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,37 +249,35 @@ class _Tree:
         return sum(len(level) * longest for level, longest in zip(self.levels, self.longest, strict=True))
 
 
-def micro_batches(rows: Sequence[Row], *, max_tokens: int | None, pad_id: int) -> Iterator[MicroBatch]:
-    """The rows in micro-batches, each within `max_tokens` padded positions of its levels; see `chunks` for None."""
-    for chunk in chunks(rows, max_tokens=max_tokens):
+def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int, even: bool = False) -> Iterator[MicroBatch]:
+    """The rows in micro-batches, each within `max_tokens` padded positions of its levels; see `chunks`."""
+    for chunk in chunks(rows, max_tokens=max_tokens, even=even):
         yield pack(chunk, pad_id=pad_id)
 
 
-def chunks(rows: Sequence[Row], *, max_tokens: int | None) -> Iterator[list[Row]]:
-    """The rows of each micro-batch; without a budget as many as cores share well: an even number of like size, if the
-    rows allow.
+def chunks(rows: Sequence[Row], *, max_tokens: int, even: bool = False) -> Iterator[list[Row]]:
+    """The rows of each micro-batch; if they are to be `even`, as many as cores share well, of like size.
 
     Rows whose first stretches are of like length stand together, and among them those that begin alike. A row longer
     than the budget gets a micro-batch of its own.
     """
     ordered = _in_order(rows)
-    yield from _cut(ordered, _even_tokens(ordered) if max_tokens is None else max_tokens)
+    for chunk, _ in _cut(ordered, _even_tokens(ordered, max_tokens) if even else max_tokens):
+        yield chunk
 
 
-def _even_tokens(ordered: Sequence[tuple[Row, list[tuple[int, ...]]]]) -> int:
+def _even_tokens(ordered: Sequence[tuple[Row, list[tuple[int, ...]]]], max_tokens: int) -> int:
     """The least budget by which rows come to no more than an even number of micro-batches of some `EVEN_TOKENS`.
 
-    Rows of less than half of that are one. The number of cores changes nothing, as it would change how sums round.
+    It is `max_tokens` at most, and that where all rows are less than half of `EVEN_TOKENS`: they stay together. The
+    number of cores changes nothing, as it would change how sums round.
     """
-    whole = _Tree()
-    for _, stretches in ordered:
-        whole.add(stretches)
-    tokens = sum(len(stretch) for level in whole.levels for _, stretch in level)
-    if tokens < EVEN_TOKENS / 2:
-        return whole.size
-    count = 2 * max(1, round(tokens / (2 * EVEN_TOKENS)))
-    low, high = tokens // count, whole.size
-    while high - low > 1 + high // 64:
+    whole = sum(size for _, size in _cut(ordered, max_tokens))
+    if whole < EVEN_TOKENS / 2:
+        return max_tokens
+    count = 2 * max(1, round(whole / (2 * EVEN_TOKENS)))
+    low, high = 0, max_tokens
+    while high - low > 16:
         middle = (low + high) // 2
         fits = sum(1 for _ in _cut(ordered, middle)) <= count
         low, high = (low, middle) if fits else (middle, high)
@@ -293,18 +291,20 @@ def _in_order(rows: Sequence[Row]) -> list[tuple[Row, list[tuple[int, ...]]]]:
     return found
 
 
-def _cut(ordered: Iterable[tuple[Row, list[tuple[int, ...]]]], max_tokens: int) -> Iterator[list[Row]]:
+def _cut(ordered: Iterable[tuple[Row, list[tuple[int, ...]]]], max_tokens: int) -> Iterator[tuple[list[Row], int]]:
+    """The rows of each micro-batch, and its padded positions."""
     chunk: list[Row] = []
-    tree = _Tree()
+    tree, size = _Tree(), 0
     for row, stretches in ordered:
         tree.add(stretches)
         if chunk and tree.size > max_tokens:
-            yield chunk
+            yield chunk, size
             chunk, tree = [], _Tree()
             tree.add(stretches)
         chunk.append(row)
+        size = tree.size
     if chunk:
-        yield chunk
+        yield chunk, size
 
 
 def _first_length(row: Row, stretches: Sequence[tuple[int, ...]]) -> int:

@@ -435,7 +435,7 @@ def result_head(name: str, jobs: int, config: TrainConfig) -> dict[str, Any]:
 
     import turnwise
 
-    shared = config_to_dict(config)
+    shared = config_to_dict(dataclasses.replace(config, micro_batch_tokens=config.micro_batch_budget))
     for option in ("out", "estimator", "seed", "threads"):
         del shared[option]
     for option in ("tasks", "corpus", "validation_tasks", "policy"):

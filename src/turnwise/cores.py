@@ -1,6 +1,6 @@
 """Using a machine's cores: several parts of a step at once, each on one thread, or one part on all threads."""
 
-import types
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -43,14 +43,14 @@ def fuse_norms(model: torch.nn.Module) -> None:
             states, other = (torch.randn(*size, *weight.shape, generator=drawn) for size in ((9,), ()))
             own = torch.func.functional_call(norm, {"weight": other}, (states,))
             if torch.equal(own, torch.nn.functional.rms_norm(states, weight.shape, other, norm.variance_epsilon)):
-                norm.forward = types.MethodType(_fused_norm, norm)
+                norm.forward = functools.partial(_fused_norm, norm)  # which, unlike a method, can be pickled
 
 
-def _fused_norm(norm: Any, states: torch.Tensor) -> torch.Tensor:
+def _fused_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = norm.weight
-    if states.dtype is weight.dtype is torch.float32 and states.device.type == "cpu":
-        return torch.nn.functional.rms_norm(states, weight.shape, weight, norm.variance_epsilon)
-    return type(norm).forward(norm, states)
+    if hidden_states.dtype is weight.dtype is torch.float32 and hidden_states.device.type == "cpu":
+        return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, norm.variance_epsilon)
+    return type(norm).forward(norm, hidden_states)
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], *, at_once: int) -> Iterator[R]:

@@ -141,8 +141,9 @@ def _optimise(
         torch.autograd.backward(losses)
         return found, ()
 
-    most = config.micro_batch_tokens if has_short_operations(policy.model) else config.micro_batch_budget
-    batches = list(micro_batches(live, max_tokens=most, pad_id=policy.chat.pad_id))
+    even = config.micro_batch_tokens is None and has_short_operations(policy.model)
+    budget = config.micro_batch_budget
+    batches = list(micro_batches(live, max_tokens=budget, pad_id=policy.chat.pad_id, even=even))
     references = _reference_logprobs(reference if policy_learns else None, batches, config, at_once)
     for found, gradients in in_parallel(computed, zip(batches, references, strict=True), at_once=at_once):
         _add(learned, gradients)
