@@ -26,7 +26,7 @@ from turnwise.types import Rollout
 
 LIKE_LENGTH = 32
 """Stretches after prompts whose lengths differ by less, tokens, count as equally long."""
-EVEN_TOKENS = 800
+EVEN_TOKENS = 1000
 """Positions of an even micro-batch, about: with fewer each costs more, with more cores lack work."""
 
 

@@ -202,7 +202,7 @@ class TrainConfig:
     """Weight of the divergence from the start in the loss."""
     micro_batch_tokens: int | None = None
     """Most padded positions computed together in the update; by default 2048, and for a small policy on a processor
-    some 800, so that cores share an even number of like micro-batches."""
+    some 1000, so that cores share an even number of like micro-batches."""
 
     ahead: bool = False
     """Draw the next step's rollouts while a step is learned from; they are then one update old (docs/engines.md)."""
