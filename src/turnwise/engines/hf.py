@@ -459,9 +459,10 @@ class HFEngine:
         self._hole_steps = 0
         target = np.flatnonzero(~rows.active[:count])
         there, here = np.concatenate((target, source)), np.concatenate((source, target))
-        length, kept = int(rows.length[here].max()), np.tile(rows.reserved[target], 2)
-        self._cache.move(target[~kept[: len(target)]], source[~kept[: len(target)]], length)
-        self._cache.move(there[kept], here[kept], length)
+        length, free = int(rows.length[here].max()), ~rows.reserved[target]
+        swapped = np.tile(~free, 2)
+        self._cache.move(target[free], source[free], length)
+        self._cache.move(there[swapped], here[swapped], length)
         rows.move(there, here)
         for row, session in zip(there.tolist(), rows.session[there], strict=True):
             if session is not None:
