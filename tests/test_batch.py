@@ -119,17 +119,22 @@ def sizes(batches: Sequence[MicroBatch]) -> list[int]:
     return [sum(level.ids.numel() for level in batch.levels) for batch in batches]
 
 
-@pytest.mark.parametrize(("count", "batches"), [(8, 2), (16, 2), (32, 4), (120, 12)])
+@pytest.mark.parametrize(("count", "batches"), [(12, 2), (20, 2), (30, 2), (48, 4), (120, 6)])
 def test_even_micro_batches_are_even_in_number_and_size(count: int, batches: int):
-    # a prompt of 2 and 100 tokens each: 802, 1602, 3204, 12012 positions in micro-batches of at most 2048
+    # a prompt of 2 and 100 tokens each: 1202, 2002, 3004, 4806 and 12012 positions: 1, 1, 2, 3 and 6 of at most 2048
     rows = [row(100 + i % 2, (1, 2)) for i in range(count)]
     rows = [dataclasses.replace(r, ids=(100 + i, *r.ids[1:])) for i, r in enumerate(rows)]
     made = even(rows)
     assert len(made) == batches
     assert sum(batch.num_rows for batch in made) == count
-    assert (
-        max(sizes(made)) - min(sizes(made)) <= count // batches
-    )  # as many rows each; those of 101 tokens need one more
+    assert max(sizes(made)) - min(sizes(made)) <= count // batches  # one more where one has 101 tokens
+
+
+def test_rows_with_a_long_beginning_stay_together():
+    # a prompt of 1,500 and 20 answers of 20 are 1,900 positions; in two micro-batches they were 3,400
+    rows = [row(20, tuple(range(1500))) for _ in range(20)]
+    rows = [dataclasses.replace(r, ids=(100 + i, *r.ids[1:])) for i, r in enumerate(rows)]
+    assert sizes(even(rows)) == [1900]
 
 
 def test_equal_rows_a_single_one_and_few_short_ones_are_one_micro_batch():

@@ -26,8 +26,10 @@ from turnwise.types import Rollout
 
 LIKE_LENGTH = 32
 """Stretches after prompts whose lengths differ by less, tokens, count as equally long."""
-EVEN_TOKENS = 1000
-"""Positions of an even micro-batch, about: with fewer each costs more, with more cores lack work."""
+WHOLE_TOKENS = 1000
+"""Rows of fewer positions are one micro-batch: two would cost what a second core gains."""
+MOST_MORE = 1.1
+"""By how much even micro-batches may have more positions than plain ones, which hold more of what begins alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +258,7 @@ def micro_batches(rows: Sequence[Row], *, max_tokens: int, pad_id: int, even: bo
 
 
 def chunks(rows: Sequence[Row], *, max_tokens: int, even: bool = False) -> Iterator[list[Row]]:
-    """The rows of each micro-batch; if they are to be `even`, as many as cores share well, of like size.
+    """The rows of each micro-batch; if they are to be `even`, an even number of like size, which cores share.
 
     Rows whose first stretches are of like length stand together, and among them those that begin alike. A row longer
     than the budget gets a micro-batch of its own.
@@ -267,21 +269,22 @@ def chunks(rows: Sequence[Row], *, max_tokens: int, even: bool = False) -> Itera
 
 
 def _even_tokens(ordered: Sequence[tuple[Row, list[tuple[int, ...]]]], max_tokens: int) -> int:
-    """The least budget by which rows come to no more than an even number of micro-batches of some `EVEN_TOKENS`.
+    """The least budget that makes as many micro-batches as `max_tokens` does, and one more where that number is odd.
 
-    It is `max_tokens` at most, and that where all rows are less than half of `EVEN_TOKENS`: they stay together. The
-    number of cores changes nothing, as it would change how sums round.
+    It is `max_tokens` where one holds them all in less than `WHOLE_TOKENS`, and where to cut what they begin with alike
+    once more costs more than `MOST_MORE`. The number of cores changes nothing, as it would change how sums round.
     """
-    whole = sum(size for _, size in _cut(ordered, max_tokens))
-    if whole < EVEN_TOKENS / 2:
+    sizes = [size for _, size in _cut(ordered, max_tokens)]
+    if sum(sizes) < WHOLE_TOKENS:
         return max_tokens
-    count = 2 * max(1, round(whole / (2 * EVEN_TOKENS)))
+    count = len(sizes) + len(sizes) % 2
     low, high = 0, max_tokens
     while high - low > 16:
         middle = (low + high) // 2
         fits = sum(1 for _ in _cut(ordered, middle)) <= count
         low, high = (low, middle) if fits else (middle, high)
-    return high
+    positions = sum(size for _, size in _cut(ordered, high))
+    return high if positions <= MOST_MORE * sum(sizes) else max_tokens
 
 
 def _in_order(rows: Sequence[Row]) -> list[tuple[Row, list[tuple[int, ...]]]]:

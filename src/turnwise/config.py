@@ -201,8 +201,8 @@ class TrainConfig:
     kl_coef: float = 0.0
     """Weight of the divergence from the start in the loss."""
     micro_batch_tokens: int | None = None
-    """Most padded positions computed together in the update; by default 2048, and for a small policy on a processor
-    some 1000, so that cores share an even number of like micro-batches."""
+    """Most padded positions computed together in the update; by default 2048, and for a small policy on a processor as
+    many less as make micro-batches even in number and alike, which cores share."""
 
     ahead: bool = False
     """Draw the next step's rollouts while a step is learned from; they are then one update old (docs/engines.md)."""
