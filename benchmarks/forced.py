@@ -139,15 +139,19 @@ def long_policy(context: int, *, hidden: int | None = None, layers: int = 3) -> 
     return policy
 
 
-def forced_rollouts(policy: Policy, setting: Setting, size: int, step: int) -> list[Rollout]:
-    """A group of `size` rollouts of each question, not scored."""
-    config = setting.config
-    engine = WholeTurns(
+def forced_engine(policy: Policy, setting: Setting, size: int) -> HFEngine:
+    """An engine for groups of `size`; it and its cache stay from step to step, as in training."""
+    return WholeTurns(
         policy.model,
         stop_ids=policy.chat.stop_ids,
         max_rows=len(setting.train) * size,
         max_context=policy.context,
     )
+
+
+def forced_rollouts(policy: Policy, setting: Setting, engine: HFEngine, size: int, step: int) -> list[Rollout]:
+    """A group of `size` rollouts of each question, not scored."""
+    config = setting.config
     limits = Limits(max_turn_tokens=config.max_turn_tokens, context=policy.context, max_turns=config.max_turns)
     groups = draw(
         setting.train, setting, [engine], policy.chat, limits=limits, temperature=1.0, seed=(0, step), group_size=size

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forced import context_of, forced_rollouts, forced_setting, learn, long_policy, mean_sampled
+from forced import context_of, forced_engine, forced_rollouts, forced_setting, learn, long_policy, mean_sampled
 from measured import append
 
 TURN_TOKENS = 16
@@ -74,10 +74,11 @@ def measured(point: Point, steps: int) -> dict[str, float]:
         turn_tokens=TURN_TOKENS,
     )
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0)
+    engine = forced_engine(policy, setting, point.group)
     rows: list[tuple[float, float, float, float]] = []
     for step in range(steps):
         start = time.process_time()
-        rollouts = forced_rollouts(policy, setting, point.group, step)
+        rollouts = forced_rollouts(policy, setting, engine, point.group, step)
         rolled = time.process_time()
         found: Any = learn(policy, optimizer, setting, rollouts)
         sampled = mean_sampled(rollouts) * len(rollouts)

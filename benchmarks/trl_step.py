@@ -37,6 +37,7 @@ from typing import Protocol
 import torch
 from forced import (
     context_of,
+    forced_engine,
     forced_rollouts,
     forced_setting,
     learn,
@@ -92,8 +93,9 @@ def ways(options: argparse.Namespace, turns: int, prompt_tokens: int, folder: st
     policy = long_policy(context_of(turns, prompt_tokens))
     size = options.group_size
     setting = forced_setting(turns=turns, tasks=options.tasks, prompt_tokens=prompt_tokens, chat=policy.chat)
+    engine = forced_engine(policy, setting, size)
     found: dict[str, Way] = {
-        "native": Ours(policy, setting, lambda step: forced_rollouts(policy, setting, size, step), learn),
+        "native": Ours(policy, setting, lambda step: forced_rollouts(policy, setting, engine, size, step), learn),
         "generate": Ours(policy, setting, lambda step: plain_rollouts(policy, setting, size), plain_update),
     }
     if importlib.util.find_spec("trl"):

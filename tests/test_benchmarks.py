@@ -85,7 +85,7 @@ def small(benchmark):
 
 def test_forced_rollouts_have_all_turns_and_long_prompts(small):
     forced, policy, setting = small
-    rollouts = forced.forced_rollouts(policy, setting, 2, 0)
+    rollouts = forced.forced_rollouts(policy, setting, forced.forced_engine(policy, setting, 2), 2, 0)
     assert [len(rollout.turns) for rollout in rollouts] == [3] * 4
     assert all(len(rollout.prompt_ids) >= 200 for rollout in rollouts)
     assert rollouts[0].prompt_ids == rollouts[1].prompt_ids != rollouts[2].prompt_ids
