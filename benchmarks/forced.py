@@ -20,7 +20,7 @@ from turnwise.crediting import credit_rollouts
 from turnwise.engine import Completion
 from turnwise.engines.hf import HFEngine
 from turnwise.env import Environment, Step
-from turnwise.evaluation import draw
+from turnwise.evaluation import draw, place
 from turnwise.learning import update
 from turnwise.policy import Policy, load_policy, tiny_policy
 from turnwise.protocols import opening, protocol_named
@@ -136,7 +136,7 @@ def long_policy(context: int, *, hidden: int | None = None, layers: int = 3) -> 
     if hidden is not None:
         policy = tiny_policy(policy.chat, seed=0, hidden=hidden, layers=layers)
     policy.model.config.max_position_embeddings = context
-    return policy
+    return place(policy, TrainConfig())
 
 
 def forced_engine(policy: Policy, setting: Setting, size: int) -> HFEngine:

@@ -22,7 +22,7 @@ import torch
 from turnwise import training
 from turnwise.config import TrainConfig
 from turnwise.crediting import credit_rollouts
-from turnwise.evaluation import draw, make_engine, rollout_limits
+from turnwise.evaluation import draw, make_engine, place, rollout_limits
 from turnwise.learning import update
 from turnwise.policy import load_policy
 from turnwise.setting import make_setting
@@ -47,7 +47,7 @@ def main() -> None:
         "threads in operations": (1, options.threads),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    policies = {name: load_policy(config.policy) for name in ways}
+    policies = {name: place(load_policy(config.policy), config) for name in ways}
     start = load_policy(config.policy).model.state_dict()
     engines_of = {name: [make_engine(policies[name]) for _ in range(at_once)] for name, (at_once, _) in ways.items()}
     for step in range(options.steps):

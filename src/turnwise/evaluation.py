@@ -38,6 +38,7 @@ from turnwise.errors import ConfigError, InputError, RunError, TurnwiseError, de
 from turnwise.judge import check_judge, judge_metrics
 from turnwise.policy import EMBEDDED, Policy, load_policy
 from turnwise.protocols import NATIVE, ProtocolName, protocol_named
+from turnwise.quick import quicken
 from turnwise.records import HUB
 from turnwise.rewards import (
     answer_presence,
@@ -666,9 +667,14 @@ def rollout_limits(config: TrainConfig, policy: Policy) -> Limits:
 
 
 def place(policy: Policy, config: TrainConfig) -> Policy:
-    """The policy on the configuration's device and in its dtype; where there is no such device, on another."""
+    """The policy on the configuration's device and in its dtype; where there is no such device, on another.
+
+    A small one on a processor is made quick, unless `micro_batch_tokens` is set.
+    """
     device = config.device if is_offered(config.device) else "auto"
     placed(policy.model, device=device, dtype=config.dtype, recompute=config.gradient_checkpointing)
+    if config.micro_batch_tokens is None:
+        quicken(policy.model)
     return policy
 
 

@@ -19,7 +19,7 @@ from turnwise.chat import Chat, load_chat, save_chat
 from turnwise.checksums import damage
 from turnwise.cores import fuse_norms
 from turnwise.devices import computing, recomputing
-from turnwise.engines.attention import attention_masks, sliding_layers
+from turnwise.engines.attention import Stretches, attention_masks, near_mask, sliding_layers
 from turnwise.engines.families import check_model, longest_context, output_logits
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.logits import logprobs_of
@@ -270,6 +270,8 @@ class _AncestorCache(Cache):
     def __init__(self, before: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None) -> None:
         super().__init__(layers=[])
         self.before = before or {}
+        self.stretches: dict[int, Stretches] = {}
+        """What the keys of a layer tell their attention."""
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(  # type: ignore[override]
@@ -279,6 +281,8 @@ class _AncestorCache(Cache):
             keys, values = self.before[layer_idx]
             key_states, value_states = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
         self.seen.setdefault(layer_idx, (key_states, value_states))  # a layer that is computed again adds nothing
+        if layer_idx in self.stretches:
+            vars(key_states)["stretches"] = self.stretches[layer_idx]
         return key_states, value_states
 
     def descended(self, parent: torch.Tensor, near: torch.Tensor, sliding: frozenset[int]) -> "_AncestorCache":
@@ -293,11 +297,12 @@ class _AncestorCache(Cache):
         return _AncestorCache(before)
 
 
-def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+def token_states(model: PreTrainedModel, batch: MicroBatch, *, in_pieces: bool = False) -> torch.Tensor:
     """Last hidden states from which each token is predicted, (M, hidden).
 
     M places as `batch.place` numbers them; each holds the state *before* its token: for a stretch's first token the
-    last one of the stretch that it continues, and zeros where there is none.
+    last one of the stretch that it continues, and zeros where there is none. With `in_pieces`, long stretches are read
+    piece by piece, which is less to compute and rounds otherwise (`Stretches`).
     """
     decoder = model.get_decoder()
     cache, sliding = _AncestorCache(), sliding_layers(model)
@@ -309,15 +314,19 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     full = near = torch.empty(1, 0, dtype=torch.int64, device=device)  # positions of the keys in view; -1 is padding
     for depth, level in enumerate(batch.levels):
         if depth:
-            kept = near.topk(min(window - 1, near.shape[1])) if sliding else near.topk(0)
-            cache = cache.descended(level.parent, kept.indices[level.parent], sliding)
-            full, near = full[level.parent], kept.values[level.parent]
+            positions, places = near.topk(min(window - 1, near.shape[1]) if sliding else 0)
+            if in_pieces:
+                positions, places = positions.flip(1), places.flip(1)
+            cache = cache.descended(level.parent, places[level.parent], sliding)
+            full, near = full[level.parent], positions[level.parent]
         start = start[level.parent]
         steps = torch.arange(level.ids.shape[1], device=device)
         positions = start[:, None] + steps
         own = positions.masked_fill(steps >= level.lengths[:, None], -1)
         full, near = torch.cat([full.expand(len(own), -1), own], 1), torch.cat([near.expand(len(own), -1), own], 1)
         masks = attention_masks(model, positions, full, near)
+        if in_pieces:
+            cache.stretches = _stretches(model, masks, positions, near)
         with computing(model), recomputing(model):
             states = decoder(
                 input_ids=level.ids,
@@ -331,6 +340,20 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
         before = states[torch.arange(len(states), device=device), level.lengths - 1][:, None]
         start = start + level.lengths
     return torch.cat(found)
+
+
+def _stretches(
+    model: PreTrainedModel, masks: torch.Tensor | dict[str, torch.Tensor], queries: torch.Tensor, near: torch.Tensor
+) -> dict[int, Stretches]:
+    """What each layer's attention is told of queries at positions (B, T) with keys at `near` (B, S) in sliding ones."""
+    layers, sliding = range(model.config.num_hidden_layers), sliding_layers(model)
+    full = masks["full_attention"] if isinstance(masks, dict) else masks
+    found = dict.fromkeys(layers, Stretches(full))
+    if sliding:
+        own = masks["sliding_attention"] if isinstance(masks, dict) else masks
+        part = near_mask(queries, near, model.config.sliding_window, own.dtype)
+        found |= dict.fromkeys(sliding, Stretches(own, part))
+    return found
 
 
 def token_logprobs(

@@ -1,5 +1,7 @@
 """Attention: masks for layers that differ in how far back they see, and what rows with one beginning read once."""
 
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +77,67 @@ class Beginnings:
     """The additive mask [B, 1, 1, S] that goes with them. A model that makes another of it reads every row whole."""
 
 
+QUERIES = 256
+"""About how many of a long stretch's queries are computed at once: they need not see what follows all of them."""
+NEAR_QUERIES = 64
+"""How many of them are computed at once in a layer that sees a few keys back alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stretches:
+    """That each row of keys is what its queries continue, in order, and then their own."""
+
+    mask: torch.Tensor
+    """The additive mask [B, 1, T, S] that goes with them. A model that makes another of it is left to transformers."""
+    near: torch.Tensor | None = None
+    """In a layer that sees the last keys alone, the mask of n pieces of a row, [B n, 1, T', S']; see `near_mask`."""
+
+
+def near_mask(queries: torch.Tensor, keys: torch.Tensor, window: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """The mask for `NEAR_QUERIES` queries at a time with the keys that one of them may see, additive [B n, 1, T', S'].
+
+    `queries` (B, T) and `keys` (B, S) are positions in order, of which the last T keys are the queries' own; -1 is a
+    key that nobody sees. None where to part the queries leaves out too little.
+    """
+    count, size = queries.shape[1], NEAR_QUERIES + window - 1
+    pieces = -(-count // NEAR_QUERIES)
+    if pieces == 1 or 2 * size > keys.shape[1]:
+        return None
+    ahead, behind = _near_padding(count, keys.shape[1], size)
+    near = torch.nn.functional.pad(keys, (ahead, behind), value=-1).unfold(1, size, NEAR_QUERIES).flatten(0, 1)
+    own = torch.nn.functional.pad(queries, (0, behind)).unflatten(1, (pieces, -1)).flatten(0, 1)
+    return _additive(_seen(own, near) & (near[:, None] > (own - window)[:, :, None]), dtype)
+
+
+def _near_padding(queries: int, keys: int, size: int) -> tuple[int, int]:
+    """How many keys of no token to put before and behind so that they part into pieces that overlap."""
+    return size - NEAR_QUERIES - (keys - queries), -queries % NEAR_QUERIES
+
+
+def _stretches_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stretches: Stretches, scaling: float | None
+) -> torch.Tensor:
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    count, before = query.shape[2], key.shape[2] - query.shape[2]
+    if stretches.near is not None:
+        size = stretches.near.shape[-1]
+        padding = (0, 0, *_near_padding(count, key.shape[2], size))
+        own = torch.nn.functional.pad(query, (0, 0, 0, padding[3])).unflatten(2, (-1, NEAR_QUERIES))
+        keys, values = (
+            torch.nn.functional.pad(x, padding).unfold(2, size, NEAR_QUERIES).permute(0, 2, 1, 4, 3).flatten(0, 1)
+            for x in (key, value)
+        )
+        attended = attend(own.transpose(1, 2).flatten(0, 1), keys, values, attn_mask=stretches.near)
+        return attended.unflatten(0, (len(query), -1)).permute(0, 1, 3, 2, 4).flatten(1, 2)[:, :count]
+    pieces = max(1, round(count / QUERIES))
+    ends = [count * i // pieces for i in range(pieces + 1)]
+    parts = [
+        attend(query[:, :, a:b], *(x[:, :, : before + b] for x in (key, value)), attn_mask=stretches.mask[:, :, a:b, : before + b])
+        for a, b in itertools.pairwise(ends)
+    ]
+    return torch.cat([part.transpose(1, 2) for part in parts], 1)
+
+
 def processor_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -88,8 +151,11 @@ def processor_attention(
     It is transformers' own sdpa but for keys that say `beginnings`, as those of the engine's cache do on a processor:
     there keys are not repeated for the heads that share them, and what rows begin with is read once.
     """
-    unmarked = not hasattr(key, "beginnings") or torch.is_grad_enabled()
+    stretches: Stretches | None = getattr(key, "stretches", None)
     special = options.get("dropout") or any(options.get(name) is not None for name in UNCOMMON)
+    if stretches is not None and attention_mask is stretches.mask and not special:
+        return _stretches_attention(query, key, value, stretches, options.get("scaling")), None
+    unmarked = not hasattr(key, "beginnings") or torch.is_grad_enabled()
     if attention_mask is None or unmarked or special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     beginnings: Beginnings | None = key.beginnings  # pyright: ignore[reportAttributeAccessIssue]
