@@ -428,11 +428,11 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Beginnings of 8 tokens are shared from now on; the list gets families and rows wherever a layer reads so."""
     found = []
 
-    def counted(query: torch.Tensor, *others: Any) -> torch.Tensor:
-        beginnings = others[-1]
-        assert beginnings.length >= 8
-        found.append((len(beginnings.row), len(beginnings.members.unique())))
-        return plain(query, *others)
+    def counted(*given: Any) -> torch.Tensor:
+        length, row, members, _ = given[4:]
+        assert length >= 8
+        found.append((len(row), len(members.unique())))
+        return plain(*given)
 
     plain = attention._by_families
     monkeypatch.setattr(hf, "SHARED_TOKENS", 8)

@@ -43,6 +43,7 @@ LAYERS = [
     "engine",
     "devices",
     "cores",
+    "quick",
     "lora",
     "engines",
     "rollout",

@@ -1,14 +1,16 @@
 """Using a machine's cores: several parts of a step at once, each on one thread, or one part on all threads."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from turnwise.devices import SMALL, num_parameters
 
+P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -51,6 +53,27 @@ def _fused_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     if hidden_states.dtype is weight.dtype is torch.float32 and hidden_states.device.type == "cpu":
         return torch.nn.functional.rms_norm(hidden_states, weight.shape, weight, norm.variance_epsilon)
     return type(norm).forward(norm, hidden_states)
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which on a processor runs without the interpreter, for which threads queue up.
+
+    Two threads of Python with operations of 5 µs take longer than one for all of them; two of TorchScript hardly do.
+    The first argument is a tensor. What the function calls is compiled with it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is no longer developed
+        try:
+            script = torch.jit.script(function)
+        except Exception:  # from Python 3.14 on, and in a torch that has dropped it
+            return function
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        return (script if first.device.type == "cpu" else function)(*args, **kwargs)
+
+    return run
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], *, at_once: int) -> Iterator[R]:

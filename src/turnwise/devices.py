@@ -121,13 +121,17 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     layers: Any = model.get_decoder().layers
+    before = [(layer, vars(layer).pop("forward", None)) for layer in layers]
     try:
-        for layer in layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        for layer, own in before:
+            forward = own or layer.forward
+            layer.forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        for layer, own in before:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 def device_memory(device: torch.device) -> int | None:

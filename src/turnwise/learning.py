@@ -14,7 +14,6 @@ from turnwise.critic import Critic, token_values
 from turnwise.lora import without_adapter
 from turnwise.loss import Ratio, policy_loss, value_loss
 from turnwise.policy import Policy, token_logprobs, token_states
-from turnwise.quick import is_quick
 from turnwise.rollout import rollout_seed
 
 MEANS = ("entropy", "clip_fraction", "policy_shift", "kl")
@@ -131,7 +130,7 @@ def _optimise(
         """A micro-batch's share of the sums, and its gradients where they are not added as they are found."""
         batch, ref_logprobs = item
         batch = batch.to(policy.model.device)
-        states = token_states(policy.model, batch, in_pieces=quick) if policy_learns else None
+        states = token_states(policy.model, batch) if policy_learns else None
         found, losses = {}, []
         if states is not None:
             losses.append(_policy_loss(policy, states, batch, config, ref_logprobs, found))
@@ -142,7 +141,7 @@ def _optimise(
         torch.autograd.backward(losses)
         return found, ()
 
-    even, quick = config.micro_batch_tokens is None and has_short_operations(policy.model), is_quick(policy.model)
+    even = config.micro_batch_tokens is None and has_short_operations(policy.model)
     budget = config.micro_batch_budget
     batches = list(micro_batches(live, max_tokens=budget, pad_id=policy.chat.pad_id, even=even))
     references = _reference_logprobs(reference if policy_learns else None, batches, config, at_once)

@@ -24,6 +24,7 @@ from turnwise.engines.families import check_model, longest_context, output_logit
 from turnwise.errors import ConfigError, InputError, RunError
 from turnwise.logits import logprobs_of
 from turnwise.lora import load_adapter
+from turnwise.quick import is_quick
 from turnwise.records import parsed
 from turnwise.sources import adapter_base, check_code, handed_on, is_adapter, policy_folder
 
@@ -297,14 +298,14 @@ class _AncestorCache(Cache):
         return _AncestorCache(before)
 
 
-def token_states(model: PreTrainedModel, batch: MicroBatch, *, in_pieces: bool = False) -> torch.Tensor:
+def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     """Last hidden states from which each token is predicted, (M, hidden).
 
     M places as `batch.place` numbers them; each holds the state *before* its token: for a stretch's first token the
-    last one of the stretch that it continues, and zeros where there is none. With `in_pieces`, long stretches are read
-    piece by piece, which is less to compute and rounds otherwise (`Stretches`).
+    last one of the stretch that it continues, and zeros where there is none. A quick model reads long stretches in
+    pieces (`Stretches`).
     """
-    decoder = model.get_decoder()
+    decoder, quick = model.get_decoder(), is_quick(model)
     cache, sliding = _AncestorCache(), sliding_layers(model)
     window = model.config.sliding_window if sliding else 0
     found: list[torch.Tensor] = []
@@ -315,7 +316,7 @@ def token_states(model: PreTrainedModel, batch: MicroBatch, *, in_pieces: bool =
     for depth, level in enumerate(batch.levels):
         if depth:
             positions, places = near.topk(min(window - 1, near.shape[1]) if sliding else 0)
-            if in_pieces:
+            if quick:
                 positions, places = positions.flip(1), places.flip(1)
             cache = cache.descended(level.parent, places[level.parent], sliding)
             full, near = full[level.parent], positions[level.parent]
@@ -325,7 +326,7 @@ def token_states(model: PreTrainedModel, batch: MicroBatch, *, in_pieces: bool =
         own = positions.masked_fill(steps >= level.lengths[:, None], -1)
         full, near = torch.cat([full.expand(len(own), -1), own], 1), torch.cat([near.expand(len(own), -1), own], 1)
         masks = attention_masks(model, positions, full, near)
-        if in_pieces:
+        if quick:
             cache.stretches = _stretches(model, masks, positions, near)
         with computing(model), recomputing(model):
             states = decoder(

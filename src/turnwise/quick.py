@@ -7,7 +7,6 @@ interpreter, and each with a backward pass of its own.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from turnwise.cores import has_short_operations
+from turnwise.cores import compiled, has_short_operations
 
 MOST_OFF = 1e-4
 """How far results and gradients may be from transformers' own, of their size, in float32."""
@@ -134,29 +133,20 @@ def _applied(
     return made if isinstance(made, tuple) else (made,)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, run without the interpreter where this torch can."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return torch.jit.script(function)
-        except Exception:  # from Python 3.14 on, and in a torch that has dropped it
-            return function
-
-
 class _Heads(torch.autograd.Function):
     """`_heads`, with gradients."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, width: int, *given: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = _heads(states, cos, sin, width, *given)
-        ctx.width = width
-        ctx.save_for_backward(cos, sin, *found[3:], *given[2:])
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = _heads(*given)
+        _, cos, sin, ctx.width, *_ = given
+        ctx.save_for_backward(cos, sin, *found[3:], *given[6:])
         return found[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = _heads_back(*grads, ctx.width, *ctx.saved_tensors)
+        of_query, of_key, of_value = grads
+        found = _heads_back(of_query, of_key, of_value, ctx.width, *ctx.saved_tensors)
         return found[0], None, None, None, None, None, *found[1:]
 
 
@@ -164,14 +154,14 @@ class _Rest(torch.autograd.Function):
     """`_rest`, with gradients."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, attended: Tensor, epsilon: float, *weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = _rest(states, attended, epsilon, *weights)
-        ctx.save_for_backward(attended, *found[1:], *weights)
+    def forward(ctx: Any, *given: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = _rest(*given)
+        ctx.save_for_backward(given[1], *found[1:], *given[3:])
         return found[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        states, attended, *weights = _rest_back(*grads, *ctx.saved_tensors)
+        states, attended, *weights = _rest_back(grads[0], *ctx.saved_tensors)
         return states, attended, None, *weights
 
 
@@ -179,21 +169,18 @@ class _Rest(torch.autograd.Function):
 # queries, K of keys and as many of values, D wide.
 
 
-@_compiled
 def _inverse(states: Tensor, epsilon: float) -> Tensor:
     """1 / sqrt(mean square + epsilon) over the last axis, which is kept."""
     norm = torch.linalg.vector_norm(states, 2.0, [-1], True)
     return norm.square_().mul_(1.0 / states.shape[-1]).add_(epsilon).rsqrt_()
 
 
-@_compiled
 def _through_norm(grad: Tensor, normal: Tensor, inverse: Tensor) -> Tensor:
     """The gradient with respect to x of `normal`, which is x times `inverse`; overwrites `grad`."""
     along = (grad * normal).sum([-1], True).mul_(-1.0 / normal.shape[-1])
     return grad.addcmul_(normal, along).mul_(inverse)
 
 
-@_compiled
 def _turn(states: Tensor, cos: Tensor, sin: Tensor, sign: int, out: Tensor) -> Tensor:
     """Rotary embedding of (B, T, N, D) at angles (B, T, 1, D) into `out`; with sign -1 its transpose."""
     half = states.shape[-1] // 2
@@ -207,7 +194,7 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor, sign: int, out: Tensor) -> T
     return out
 
 
-@_compiled
+@compiled
 def _heads(
     states: Tensor,
     cos: Tensor,
@@ -259,7 +246,7 @@ def _heads(
     return query, key, value, normal, inverse, head_normal, head_inverse
 
 
-@_compiled
+@compiled
 def _heads_back(
     of_query: Tensor,
     of_key: Tensor,
@@ -315,10 +302,13 @@ def _heads_back(
         of_biases.append(None if bias is None else flat[:, first : first + weight.shape[0]].sum(0))
         first += weight.shape[0]
     states = _through_norm(states, normal, inverse).view(rows, tokens, -1)
-    return [states, of_norm, of_query_norm, of_key_norm] + of_weights + of_biases
+    found: list[Tensor | None] = [states, of_norm, of_query_norm, of_key_norm]
+    found.extend(of_weights)
+    found.extend(of_biases)
+    return found
 
 
-@_compiled
+@compiled
 def _rest(
     states: Tensor, attended: Tensor, epsilon: float, norm: Tensor, w_o: Tensor, w_g: Tensor, w_u: Tensor, w_d: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -333,7 +323,7 @@ def _rest(
     return between.addmm_(product, w_d.t()).view_as(states), normal, inverse, gate, values, product
 
 
-@_compiled
+@compiled
 def _rest_back(
     grad: Tensor,
     attended: Tensor,

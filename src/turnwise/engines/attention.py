@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from turnwise.cores import compiled
 from turnwise.devices import compute_dtype
 
 UNCOMMON = ("softcap", "s_aux", "position_bias")
@@ -49,9 +50,9 @@ def attention_masks(
     return {"full_attention": _additive(seen, dtype), "sliding_attention": sliding}
 
 
+@compiled
 def _seen(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    never = torch.iinfo(keys.dtype).max
-    return keys.masked_fill(keys < 0, never)[:, None] <= queries[:, :, None]
+    return keys.masked_fill(keys < 0, 9223372036854775807).unsqueeze(1) <= queries.unsqueeze(2)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -117,25 +118,29 @@ def _near_padding(queries: int, keys: int, size: int) -> tuple[int, int]:
 def _stretches_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stretches: Stretches, scaling: float | None
 ) -> torch.Tensor:
+    """Attention in pieces, [B, T, H, E]; arguments as of `processor_attention`."""
     attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
     count, before = query.shape[2], key.shape[2] - query.shape[2]
-    if stretches.near is not None:
-        size = stretches.near.shape[-1]
-        padding = (0, 0, *_near_padding(count, key.shape[2], size))
-        own = torch.nn.functional.pad(query, (0, 0, 0, padding[3])).unflatten(2, (-1, NEAR_QUERIES))
-        keys, values = (
-            torch.nn.functional.pad(x, padding).unfold(2, size, NEAR_QUERIES).permute(0, 2, 1, 4, 3).flatten(0, 1)
-            for x in (key, value)
-        )
-        attended = attend(own.transpose(1, 2).flatten(0, 1), keys, values, attn_mask=stretches.near)
-        return attended.unflatten(0, (len(query), -1)).permute(0, 1, 3, 2, 4).flatten(1, 2)[:, :count]
-    pieces = max(1, round(count / QUERIES))
-    ends = [count * i // pieces for i in range(pieces + 1)]
-    parts = [
-        attend(query[:, :, a:b], *(x[:, :, : before + b] for x in (key, value)), attn_mask=stretches.mask[:, :, a:b, : before + b])
-        for a, b in itertools.pairwise(ends)
-    ]
-    return torch.cat([part.transpose(1, 2) for part in parts], 1)
+    if stretches.near is None:
+        pieces = max(1, round(count / QUERIES))
+        ends = [count * i // pieces for i in range(pieces + 1)]
+        parts = []
+        for start, end in itertools.pairwise(ends):
+            seen = before + end
+            mask = stretches.mask[:, :, start:end, :seen]
+            part = attend(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], attn_mask=mask)
+            parts.append(part.transpose(1, 2))
+        return torch.cat(parts, 1)
+    size = stretches.near.shape[-1]
+    ahead, behind = _near_padding(count, key.shape[2], size)
+    pad = torch.nn.functional.pad
+    own = pad(query, (0, 0, 0, behind)).unflatten(2, (-1, NEAR_QUERIES)).transpose(1, 2).flatten(0, 1)
+    keys, values = (
+        pad(states, (0, 0, ahead, behind)).unfold(2, size, NEAR_QUERIES).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for states in (key, value)
+    )
+    attended = attend(own, keys, values, attn_mask=stretches.near)
+    return attended.unflatten(0, (len(query), -1)).permute(0, 1, 3, 2, 4).flatten(1, 2)[:, :count]
 
 
 def processor_attention(
@@ -148,8 +153,9 @@ def processor_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` [B, H, T, D] to `key` [B, K, S, D] and `value` [B, K, S, E], which is [B, T, H, E].
 
-    It is transformers' own sdpa but for keys that say `beginnings`, as those of the engine's cache do on a processor:
-    there keys are not repeated for the heads that share them, and what rows begin with is read once.
+    It is transformers' own sdpa but for keys that say `beginnings`, as those of the engine's cache do on a processor,
+    or `stretches`, as those of a quick model's update do: there keys are not repeated for the heads that share them,
+    and what rows begin with is read once, and what is not seen less often.
     """
     stretches: Stretches | None = getattr(key, "stretches", None)
     special = options.get("dropout") or any(options.get(name) is not None for name in UNCOMMON)
@@ -162,7 +168,8 @@ def processor_attention(
     scaling = options.get("scaling")
     if beginnings is not None and attention_mask is beginnings.mask:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _by_families(query * scale, key, value, attention_mask, beginnings), None
+        family = beginnings.row, beginnings.members, beginnings.place
+        return _by_families(query * scale, key, value, attention_mask, beginnings.length, *family), None
     if query.shape[2] == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     attended = torch.nn.functional.scaled_dot_product_attention(
@@ -171,28 +178,40 @@ def processor_attention(
     return attended.transpose(1, 2).contiguous(), None
 
 
+def _by_family(states: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    """[B, K, G, X] as [F, K, n G, X]."""
+    return states[members].transpose(1, 2).flatten(2, 3)
+
+
+def _by_row(states: torch.Tensor, place: torch.Tensor, per_key: int) -> torch.Tensor:
+    """And back."""
+    return states.unflatten(2, [-1, per_key]).transpose(1, 2).flatten(0, 1)[place]
+
+
+@compiled
 def _by_families(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, beginnings: Beginnings
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    size: int,
+    row: torch.Tensor,
+    members: torch.Tensor,
+    place: torch.Tensor,
 ) -> torch.Tensor:
     """Attention of one scaled query of each row, [B, 1, H, E].
 
-    The queries of a family's rows are those of one product with its beginning, which all of them see. One softmax goes
-    over beginning and rest.
+    The queries of a family's rows are those of one product with its beginning of `size` tokens, which all of them see.
+    One softmax goes over beginning and rest. The others are as in `Beginnings`.
     """
-    size, (rows, heads) = beginnings.length, query.shape[:2]
-    queries = query.reshape(rows, key.shape[1], -1, query.shape[-1])
+    rows, heads, _, width = query.shape
+    queries = query.reshape(rows, key.shape[1], -1, width)
     per_key = queries.shape[2]
-
-    def by_family(states: torch.Tensor) -> torch.Tensor:  # [B, K, G, X] to [F, K, n G, X]
-        return states[beginnings.members].transpose(1, 2).flatten(2, 3)
-
-    def by_row(states: torch.Tensor) -> torch.Tensor:  # and back
-        return states.unflatten(2, (-1, per_key)).transpose(1, 2).flatten(0, 1)[beginnings.place]
-
-    begun, own = key[beginnings.row, :, :size], key[:, :, size:]
-    scores = torch.cat((by_row(by_family(queries) @ begun.mT), queries @ own.mT + mask[..., size:]), -1)
+    own = key[:, :, size:]
+    begun = _by_row(_by_family(queries, members) @ key[row, :, :size].mT, place, per_key)
+    scores = torch.cat((begun, queries @ own.mT + mask[..., size:]), -1)
     weights = scores.softmax(-1)
-    attended = by_row(by_family(weights[..., :size]) @ value[beginnings.row, :, :size])
+    attended = _by_row(_by_family(weights[..., :size], members) @ value[row, :, :size], place, per_key)
     attended = attended + weights[..., size:] @ value[:, :, size:]
     return attended.reshape(rows, 1, heads, value.shape[-1])
 

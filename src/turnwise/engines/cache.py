@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from transformers import Cache
 
+from turnwise.cores import compiled
 from turnwise.engines.attention import Beginnings
 
 SMALLEST_LENGTH = 64
@@ -97,12 +98,9 @@ class RowCache(Cache):
     def _through(
         self, stored: torch.Tensor, states: torch.Tensor, near: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        new = states.transpose(1, 2).flatten(0, 1)
-        if self._source is not None:
-            new = new[self._source]
-        stored.transpose(1, 2)[self._write] = new
+        _write(stored, states, *self._write, self._source)
         if near is not None:
-            return stored.transpose(1, 2)[near].transpose(1, 2)
+            return _gathered(stored, *near)
         rows, length = self._read, self._read_length
         if isinstance(rows, slice):
             return stored[rows, :, :length]
@@ -117,3 +115,23 @@ class RowCache(Cache):
         room[:rows, :, length:] = 0
         room[rows:] = 0
         return room
+
+
+@compiled
+def _write(
+    stored: torch.Tensor, states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, source: torch.Tensor | None
+) -> None:
+    """Puts the states (B, K, T, D), or those at `source` of the flattened batch, where they belong."""
+    new = states.transpose(1, 2).flatten(0, 1)
+    if source is not None:
+        new = new[source]
+    stored.transpose(1, 2).index_put_([rows, positions], new)
+
+
+@compiled
+def _gathered(stored: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What rows [B, 1] hold at positions [B, w], [B, K, w, D]."""
+    _, heads, length, width = stored.shape
+    head = torch.arange(heads, device=stored.device)[:, None]
+    place = ((rows.unsqueeze(2) * heads + head) * length + positions.unsqueeze(1)).flatten()
+    return stored.view(-1, width).index_select(0, place).view(len(positions), heads, -1, width)

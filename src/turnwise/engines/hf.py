@@ -40,9 +40,10 @@ PREFILL_TOKENS = 8192
 """Most tokens, padding included, of one prefill pass."""
 HOLE_STEPS = 16
 """Decode steps of one row that cost about as much as moving it: so long may a hole stay open."""
-SHARED_TOKENS = {False: 256, True: 64}
-"""From how many on, a beginning that rows have in common is read once for all of them (`benchmarks/beginnings.py`), and
-the same in a quick model, which may round otherwise."""
+SHARED_TOKENS = 256
+"""From how many on, a beginning that rows have in common is read once for all of them (`benchmarks/beginnings.py`)."""
+QUICK_SHARED_TOKENS = 96
+"""The same for a quick model, which may round otherwise."""
 GRACE_S = 0.02
 """How long an engine with nothing to decode waits for a session to return before it evicts one."""
 
@@ -150,7 +151,7 @@ class HFEngine:
         self._sliding = sliding_layers(model)
         self._on_processor = self._device.type == "cpu"
         self._shares = self._on_processor and compute_dtype(model) in (torch.float32, torch.float64)
-        self._least_shared = SHARED_TOKENS[is_quick(model)]
+        self._quick = is_quick(model)
         self._is_stop = _stop_table(stop_ids, self._vocab)
         self._waiting: deque[_Request] = deque()
         self._sessions: dict[Hashable, _Request] = {}  # alive, with their latest request
@@ -431,7 +432,7 @@ class HFEngine:
         """What rows `active` of a batch of `count` begin with, family by family, where it pays to read that once."""
         rows = self._rows
         shared = int(rows.shared[active].min())
-        if not self._shares or shared < self._least_shared:
+        if not self._shares or shared < self._least_shared():
             return None
         _, first, family, sizes = np.unique(
             rows.family[active], return_index=True, return_inverse=True, return_counts=True
@@ -446,6 +447,9 @@ class HFEngine:
         place = np.zeros(count, np.int64)
         place[active[order]] = family[order] * most + number
         return Beginnings(shared, self._tensor(active[first]), self._tensor(members), self._tensor(place))
+
+    def _least_shared(self) -> int:
+        return QUICK_SHARED_TOKENS if self._quick else SHARED_TOKENS
 
     def _close_holes(self) -> None:
         """Move rows from the end into the holes, once the holes have cost as much as that will.
@@ -519,7 +523,7 @@ class HFEngine:
         if not self._sliding:
             return None
         count, window = positions.shape[1], min(self._model.config.sliding_window, read_length)
-        short = self._rows.shared[read].min() < self._least_shared or window + count > read_length
+        short = self._rows.shared[read].min() < self._least_shared() or window + count > read_length
         return None if count > 1 and short else positions[:, :1] + np.arange(1 - window, count)
 
     def _draw(self, hidden: torch.Tensor, active: np.ndarray) -> None:

@@ -2,7 +2,10 @@
 
 import torch
 
+from turnwise.cores import compiled
 
+
+@compiled
 def drawn_tokens(
     logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
