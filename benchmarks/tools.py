@@ -14,6 +14,7 @@ import resource
 import time
 
 from turnwise.chat import byte_chat
+from turnwise.cli import own_process
 from turnwise.engine import ScriptedEngine
 from turnwise.env import ToolEnvironment
 from turnwise.rollout import Limits, run_rollout
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=float, default=50.0)
     parser.add_argument("--even", action="store_true", help="every rollout has the longest chain")
     options = parser.parse_args()
+    own_process()  # as the command line does
     latency_s = options.latency_ms / 1000
     print("tool    calls  rollouts  chain, s  seconds  ratio  CPU, s  CPU ratio  CPU per call, ms")
     for kind in ("async", "thread"):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 
 from turnwise.chat import byte_chat
@@ -269,6 +270,17 @@ def test_seeds_are_stable_and_differ_between_runs_steps_groups_and_members():
     assert len({rollout_seed(*p) for p in parts}) == 16
     assert rollout_seed(1, 2) == rollout_seed(1, 2)
     assert rollout_seed(1) != rollout_seed(1, 0)
+
+
+@pytest.mark.parametrize("parts", [(), (0,), (1, 2, 3), (2**32 - 1, 2**32), (2**64 - 1, 0, 2**40 + 5), (7, 2**200)])
+def test_seeds_are_numpys_for_the_parts_behind_their_number(parts: tuple[int, ...]):
+    expected = np.random.SeedSequence([len(parts), *parts]).generate_state(1, np.uint64)[0]
+    assert rollout_seed(*parts) == expected
+
+
+def test_a_seed_of_negative_parts_is_refused():
+    with pytest.raises(ValueError, match=r"negative; got \(3, -1\)"):
+        rollout_seed(3, -1)
 
 
 def test_a_rollouts_seeds_do_not_depend_on_how_many_others_run():

@@ -36,13 +36,23 @@ class Limits:
     """Turns that are granted; replies leave room for those still to come."""
 
 
+WORD = 2**32 - 1
+
+
 def rollout_seed(*parts: int) -> int:
     """A seed for one rollout's sampling out of the run's seed, the step, the task and the rollout's number.
 
     Equal parts give equal seeds on every machine, so two runs that differ in their estimator draw alike.
     """
-    # The length comes first because numpy draws alike from (1,) and (1, 0).
-    return int(np.random.SeedSequence([len(parts), *parts]).generate_state(1, np.uint64)[0])
+    if min(parts, default=0) < 0:
+        raise ValueError(f"the parts of a seed must not be negative; got {parts}")
+    words = [len(parts)]  # because numpy draws alike from (1,) and (1, 0)
+    for part in parts:  # as numpy splits integers, in half the time
+        words.append(part & WORD)
+        while part > WORD:
+            part >>= 32
+            words.append(part & WORD)
+    return int(np.random.SeedSequence(np.array(words, np.uint32)).generate_state(1, np.uint64)[0])
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
