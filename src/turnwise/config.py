@@ -203,7 +203,7 @@ class TrainConfig:
     micro_batch_tokens: int | None = None
     """Most padded positions computed together in the update; by default 2048, and for a small policy on a processor as
     many less as make micro-batches even in number and alike, which cores share. A size that is set also keeps such a
-    policy to transformers' own operations, as `results/` was computed; by default it has fewer (docs/performance.md)."""
+    policy to transformers' own operations, as `results/` was computed; else it has fewer (docs/performance.md)."""
 
     ahead: bool = False
     """Draw the next step's rollouts while a step is learned from; they are then one update old (docs/engines.md)."""
