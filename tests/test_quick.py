@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 from families import EACH_FAMILY, VOCAB, tiny
@@ -89,6 +90,59 @@ def test_a_layer_that_differs_keeps_its_own_pass(options: dict[str, Any]):
     quicken(model)
     assert replaced(model) == 0
     assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden"),
+    [
+        ({"hidden_act": "gelu"}, ("gate_proj", "up_proj", "down_proj")),
+        ({"attention_bias": True}, ("bias",)),
+        ({"mlp_bias": True}, ("bias",)),
+    ],
+)
+def test_what_todays_weights_hide_counts(options: dict[str, Any], hidden: tuple[str, ...]):
+    model = tiny("llama", dtype=torch.float32, **options)
+    for name, weight in model.named_parameters():
+        if any(part in name for part in hidden):
+            weight.data.zero_()
+            weight.requires_grad_("bias" not in hidden)
+    quicken(model)
+    assert replaced(model) == 0
+
+
+@pytest.mark.parametrize("scale", [10.0, 1e8, float("nan")])
+def test_which_layers_are_quick_does_not_depend_on_what_was_learned(scale: float):
+    for family in ("llama", "qwen2", "qwen3"):
+        model = tiny(family, dtype=torch.float32)
+        for weight in model.parameters():
+            weight.data *= scale
+        quicken(model)
+        assert replaced(model) == 2
+
+
+def test_partial_rotary_embeddings_go_the_layers_own_way():
+    config = transformers.Glm4MoeConfig(
+        **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "first_k_dense_replace": 1, "pad_token_id": 0},
+    )
+    model, ids = transformers.Glm4MoeForCausalLM(config).eval(), torch.arange(7)[None]
+    plain = model(input_ids=ids).logits
+    quicken(model)
+    assert torch.equal(model(input_ids=ids).logits, plain)
+
+
+def test_an_adapter_before_keeps_its_layers_own_pass():
+    model = tiny("llama", dtype=torch.float32, hidden_act="gelu")
+    add_lora(model, rank=2, alpha=4.0, targets=["k_proj"], seed=0, base="b")
+    quicken(model)
+    assert replaced(model) == 0
+
+
+def test_a_failure_of_a_compiled_function_is_one_line():
+    with pytest.raises(RuntimeError) as caught:
+        attention._seen(torch.zeros(2, 3), torch.zeros(5, 4))
+    assert "must match" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_granites_scaled_residuals_are_its_own():

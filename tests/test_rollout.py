@@ -276,6 +276,7 @@ def test_seeds_are_stable_and_differ_between_runs_steps_groups_and_members():
 def test_seeds_are_numpys_for_the_parts_behind_their_number(parts: tuple[int, ...]):
     expected = np.random.SeedSequence([len(parts), *parts]).generate_state(1, np.uint64)[0]
     assert rollout_seed(*parts) == expected
+    assert rollout_seed(1, int(np.int32(5))) == rollout_seed(np.int32(1), np.int32(5))  # type: ignore[arg-type]
 
 
 def test_a_seed_of_negative_parts_is_refused():

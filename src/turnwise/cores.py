@@ -71,7 +71,13 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0]
-        return (script if first.device.type == "cpu" else function)(*args, **kwargs)
+        if first.device.type != "cpu":
+            return function(*args, **kwargs)
+        try:
+            return script(*args, **kwargs)
+        except RuntimeError as error:  # whose text may be the program, and its last line what went wrong
+            text = str(error).rstrip().rpartition("\n")[2].removeprefix("RuntimeError: ")
+            raise type(error)(text) from error
 
     return run
 

@@ -116,7 +116,10 @@ def compute_dtype(model: torch.nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def recomputing(model: PreTrainedModel) -> Iterator[None]:
-    """Within, layers of a model that is set to it keep their inputs alone, and compute again in the backward pass."""
+    """Within, layers of a model that is set to it keep their inputs alone, and compute again in the backward pass.
+
+    One thread at a time may be within, for a model.
+    """
     if not getattr(model, "_turnwise_recompute", False) or not torch.is_grad_enabled():
         yield
         return

@@ -316,7 +316,7 @@ def token_states(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
     for depth, level in enumerate(batch.levels):
         if depth:
             positions, places = near.topk(min(window - 1, near.shape[1]) if sliding else 0)
-            if quick:
+            if quick:  # in order, as `near_mask` takes them
                 positions, places = positions.flip(1), places.flip(1)
             cache = cache.descended(level.parent, places[level.parent], sliding)
             full, near = full[level.parent], positions[level.parent]

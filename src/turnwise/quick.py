@@ -6,12 +6,15 @@ than one. Here a layer is two functions around its attention, each compiled by T
 interpreter, and each with a backward pass of its own.
 """
 
+import copy
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,51 +23,61 @@ from turnwise.cores import compiled, has_short_operations
 MOST_OFF = 1e-4
 """How far results and gradients may be from transformers' own, of their size, in float32."""
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def quicken(model: PreTrainedModel) -> None:
     """Replaces the layers of a small float32 model on a processor that are like Llama's; others stay as they are.
 
-    Each is compared with its own class's, result and gradients, before. Weights, their names and what is saved stay as
-    they are.
+    Each is compared with its own class's before, result and gradients, under weights that are drawn: what today's hide
+    (zeros, say) counts as well, and a run that goes on has the same layers. Those with an adapter stay as they are.
+    Weights, their names and what is saved stay, too.
     """
     if is_quick(model) or not has_short_operations(model) or model.dtype is not torch.float32:
         return
+    gc.collect()  # a quick layer and its forward pass hold each other: a policy let go of is freed by this alone
     vars(model)["is_quick"] = True
     if model.config._attn_implementation != "sdpa":
         return
     for module in model.modules():
-        if all(hasattr(module, name) for name in PARTS):
-            quick = functools.partial(_layer, module)
-            if _agrees(module, quick):
-                module.forward = quick
+        if all(hasattr(module, name) for name in PARTS) and _agrees(module):
+            module.forward = functools.partial(_layer, module)
 
 
 def is_quick(model: torch.nn.Module) -> bool:
-    """Whether the model has been quickened: then what reads it may round otherwise, too."""
+    """Whether the model has been quickened, whatever became of its layers: what reads it may round otherwise, too."""
     return vars(model).get("is_quick", False)
 
 
-def _agrees(layer: Any, quick: Callable[..., Any]) -> bool:
-    """Whether the quick forward pass gives what the layer's own class gives, and its gradients."""
-
-    def numbers(size: int) -> Tensor:
-        return torch.randn(1, 7, size, generator=torch.Generator().manual_seed(size))
-
-    wanted = [p for p in layer.parameters() if p.requires_grad]
-    seen: list[list[Tensor]] = []
+def _agrees(layer: Any) -> bool:
+    """Whether the quick forward pass gives what the layer's own class gives and its gradients, whatever its weights."""
+    drawn = torch.Generator().manual_seed(0)
     try:
-        width, angles = layer.input_layernorm.weight.shape[0], numbers(2 * layer.self_attn.head_dim).chunk(2, -1)
-        states = numbers(width).requires_grad_()
-        for forward in (functools.partial(type(layer).forward, layer), quick):
+        if any(type(each) is not torch.nn.Linear for each in _linear(layer)):
+            return False
+        other = copy.deepcopy(layer).eval()
+        for weight in other.parameters():
+            numbers = torch.randn(weight.shape, generator=drawn)
+            weight.requires_grad_().data = numbers / weight.shape[-1] ** 0.5 if weight.dim() > 1 else numbers
+        width, head = other.input_layernorm.weight.shape[0], other.self_attn.head_dim
+        states = torch.randn(1, 7, width, generator=drawn).requires_grad_()
+        angles = torch.randn(2, 1, 7, head, generator=drawn)
+        grad = torch.randn(1, 7, width, generator=drawn)
+        seen: list[list[Tensor]] = []
+        for forward in (type(layer).forward, _layer):
             with torch.enable_grad():
-                out = forward(states, position_embeddings=angles)
+                out = forward(other, states, position_embeddings=(angles[0], angles[1]))
                 out = out[0] if isinstance(out, tuple) else out
-                seen.append([out.detach(), *torch.autograd.grad(out, [states, *wanted], numbers(width + 1)[..., 1:])])
+                seen.append([out.detach(), *torch.autograd.grad(out, [states, *other.parameters()], grad)])
     except Exception:  # whatever another family's layers ask for or lack
         return False
     return all(float((a - b).norm()) <= MOST_OFF * float(a.norm()) for a, b in zip(*seen, strict=True))
+
+
+def _linear(layer: Any) -> list[Any]:
+    """The linear layers: queries', keys', values' and output's; gate's, values' and output's."""
+    attention, mlp = layer.self_attn, layer.mlp
+    of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
 def _layer(
@@ -78,12 +91,11 @@ def _layer(
     **options: Any,
 ) -> Tensor:
     """The forward pass of Llama's layer and its kin; a layer that an adapter has changed takes its own."""
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linear = (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    attention, linear = layer.self_attn, _linear(layer)
     mixed = hidden_states.dtype is not torch.float32 or torch.is_autocast_enabled("cpu")
     dropout = attention.training and attention.attention_dropout
-    if mixed or dropout or position_embeddings is None or any(type(each) is not torch.nn.Linear for each in linear):
+    whole = position_embeddings is not None and position_embeddings[0].shape[-1] == attention.head_dim  # not partial
+    if mixed or dropout or not whole or any(type(each) is not torch.nn.Linear for each in linear):
         return type(layer).forward(
             layer,
             hidden_states,
@@ -94,6 +106,7 @@ def _layer(
             position_embeddings=position_embeddings,
             **options,
         )
+    assert position_embeddings is not None
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     epsilon = 0.0 if norms[0] is None else norms[0].variance_epsilon
     query, key, value = _applied(
@@ -107,8 +120,8 @@ def _layer(
         epsilon,
         layer.input_layernorm.weight,
         *(None if norm is None else norm.weight for norm in norms),
-        *(each.weight for each in projections[:3]),
-        *(each.bias for each in projections[:3]),
+        *(each.weight for each in linear[:3]),
+        *(each.bias for each in linear[:3]),
     )
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
@@ -144,6 +157,7 @@ class _Heads(torch.autograd.Function):
         return found[:3]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         of_query, of_key, of_value = grads
         found = _heads_back(of_query, of_key, of_value, ctx.width, *ctx.saved_tensors)
@@ -160,6 +174,7 @@ class _Rest(torch.autograd.Function):
         return found[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         states, attended, *weights = _rest_back(grads[0], *ctx.saved_tensors)
         return states, attended, None, *weights

@@ -47,7 +47,7 @@ def rollout_seed(*parts: int) -> int:
     if min(parts, default=0) < 0:
         raise ValueError(f"the parts of a seed must not be negative; got {parts}")
     words = [len(parts)]  # because numpy draws alike from (1,) and (1, 0)
-    for part in parts:  # as numpy splits integers, in half the time
+    for part in map(int, parts):  # as numpy splits integers, in half the time
         words.append(part & WORD)
         while part > WORD:
             part >>= 32

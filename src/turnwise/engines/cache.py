@@ -130,7 +130,7 @@ def _write(
 
 @compiled
 def _gathered(stored: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What rows [B, 1] hold at positions [B, w], [B, K, w, D]."""
+    """What rows [B, 1] hold at positions [B, w], [B, K, w, D]; positions must be there, none from the end."""
     _, heads, length, width = stored.shape
     head = torch.arange(heads, device=stored.device)[:, None]
     place = ((rows.unsqueeze(2) * heads + head) * length + positions.unsqueeze(1)).flatten()
