@@ -24,6 +24,7 @@ from turnwise.errors import ConfigError, InputError
 from turnwise.evaluation import make_engine, rollouts
 from turnwise.policy import load_policy, save_policy, tiny_policy
 from turnwise.protocols import PROTOCOLS
+from turnwise.quick import is_quick
 from turnwise.rollout import awaited
 from turnwise.tool_files import load_tools
 from turnwise.tools import tool, tool_mapping
@@ -152,7 +153,8 @@ def test_a_token_budget_ends_it_and_equal_seeds_learn_alike(tmp_path, checkpoint
             demonstrations=path, policy=str(checkpoint), out=tmp_path / name, rows=1, epochs=2, token_budget=budget
         )
         (tmp_path / name).mkdir()
-        learn_demonstrations(config, lambda counts, step, read, loss: seen.append((read, loss)))
+        policy = learn_demonstrations(config, lambda counts, step, read, loss: seen.append((read, loss)))
+        assert not is_quick(policy.model), "what results began with comes out to the last bit"
         return seen
 
     whole = steps("whole", None)

@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose
 from rich.console import Console
 
-from turnwise import designs
+from turnwise import compare, designs
 from turnwise.compare import check_arms, result_head, run_configs
 from turnwise.config import BRANCHING, TRAINABLE, TrainConfig
 from turnwise.credit import NEEDS
@@ -277,6 +277,14 @@ def test_runs_of_a_comparison_have_one_thread_and_micro_batches_of_a_fixed_size(
         (("own", 1), 1, 512),
     ]
     assert result_head("toy", 2, arms["open"])["config"]["micro_batch_tokens"] == 2048
+
+
+def test_the_start_is_evaluated_as_the_runs_are(monkeypatch: pytest.MonkeyPatch):
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(compare, "evaluations", lambda start, config, size: seen.append(config) or {})
+    monkeypatch.setattr(compare, "raw_question_rates", lambda config, size: seen.append(config) or {})
+    compare._start_record(TrainConfig(threads=4), 3)
+    assert [(config.threads, config.micro_batch_tokens) for config in seen] == [(1, 2048)] * 2
 
 
 def test_a_run_that_another_comparison_has_finished_is_linked_and_not_made_again(tmp_path: Path):

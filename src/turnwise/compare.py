@@ -113,17 +113,18 @@ def make_folders(*folders: Path) -> None:
 
 
 def run_configs(arms: Mapping[str, TrainConfig], seeds: int, folder: Path) -> dict[Key, TrainConfig]:
-    """The configuration of every run, in the order in which they are made: seed by seed, so that pairs end together.
-
-    Each has one thread. No cores share its micro-batches, so their size is the fixed one unless an arm says another.
-    """
+    """The configuration of every run, in the order in which they are made: seed by seed, so that pairs end together."""
     return {
-        (name, seed): dataclasses.replace(
-            arm, seed=seed, threads=1, micro_batch_tokens=arm.micro_batch_budget, out=folder / f"{name}-{seed}"
-        )
+        (name, seed): dataclasses.replace(_on_one_thread(arm), seed=seed, out=folder / f"{name}-{seed}")
         for seed in range(seeds)
         for name, arm in arms.items()
     }
+
+
+def _on_one_thread(config: TrainConfig) -> TrainConfig:
+    """As everything in a comparison is computed. No cores share micro-batches, so their size is the fixed one unless
+    another is given, and with it the numbers are those of `results/` to the last bit."""
+    return dataclasses.replace(config, threads=1, micro_batch_tokens=config.micro_batch_budget)
 
 
 def run_all(
@@ -280,7 +281,7 @@ def _check_same(config: TrainConfig) -> None:
 
 def _start_record(config: TrainConfig, eval_size: int) -> dict[str, Any]:
     """The evaluations of the policy that every run starts from, and the raw question's rate as a query."""
-    shared = dataclasses.replace(config, threads=1)
+    shared = _on_one_thread(config)
     return {
         "evaluations": evaluations(config.start, shared, eval_size),
         "raw_question_answer_in_results": raw_question_rates(shared, eval_size),
@@ -435,7 +436,7 @@ def result_head(name: str, jobs: int, config: TrainConfig) -> dict[str, Any]:
 
     import turnwise
 
-    shared = config_to_dict(dataclasses.replace(config, micro_batch_tokens=config.micro_batch_budget))
+    shared = config_to_dict(_on_one_thread(config))
     for option in ("out", "estimator", "seed", "threads"):
         del shared[option]
     for option in ("tasks", "corpus", "validation_tasks", "policy"):

@@ -10,6 +10,9 @@ import torch
 
 from turnwise.devices import SMALL, num_parameters
 
+PROGRAM = "The following operation failed in the TorchScript interpreter"
+"""How the text of an error begins that has the program in it, and in its last line what went wrong."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,9 +78,10 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         try:
             return script(*args, **kwargs)
-        except RuntimeError as error:  # whose text may be the program, and its last line what went wrong
-            text = str(error).rstrip().rpartition("\n")[2].removeprefix("RuntimeError: ")
-            raise type(error)(text) from error
+        except RuntimeError as error:
+            if not str(error).startswith(PROGRAM):
+                raise
+            raise type(error)(str(error).rstrip().rpartition("\n")[2].removeprefix("RuntimeError: ")) from error
 
     return run
 

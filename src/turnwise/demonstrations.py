@@ -19,7 +19,7 @@ import torch
 
 from turnwise.batch import Row
 from turnwise.chat import Chat
-from turnwise.config import TrainConfig
+from turnwise.config import MICRO_BATCH_TOKENS, TrainConfig
 from turnwise.conversations import read_messages, read_tools, written
 from turnwise.devices import Device, Dtype, check_device
 from turnwise.errors import ConfigError, InputError, TurnwiseError
@@ -248,6 +248,7 @@ def learn_demonstrations(config: DemonstrationConfig, watch: Watch | None = None
         device=config.device,
         dtype=config.dtype,
         gradient_checkpointing=config.gradient_checkpointing,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,  # that of `teach_rows`; and what `results/` started from comes out again
     )
     check_device(config.device)
     like = dataclasses.replace(like, protocol=played_protocol(like))

@@ -52,6 +52,7 @@ def attention_masks(
 
 @compiled
 def _seen(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    # int64's largest, which the compiler takes as a literal alone
     return keys.masked_fill(keys < 0, 9223372036854775807).unsqueeze(1) <= queries.unsqueeze(2)
 
 
